@@ -1,0 +1,1 @@
+"""gmcompress: make a trained PyTorch network smaller with group matrices."""

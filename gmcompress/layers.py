@@ -1,0 +1,274 @@
+"""Drop-in layers whose weight is a group matrix plus residuals; a layer is built empty and then filled."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from .errors import GMError
+from .groups import Group
+from .structure import Structure, expand, index_tensor
+
+
+class GMLayer(nn.Module, ABC):
+    """What the layers share: the stored tensors of a structure, and `.weight`, the dense weight computed from them.
+
+    Parameters: `kernel` (o, i, n, *taps) for o × i blocks of group matrices, with displacement rank r `gates` (o, r, n)
+    and `filters` (o, r, i, n, *taps), with low rank s `left` (rows, s) and `right` (s, columns, *taps); `bias` (rows).
+    `.weight` is differentiable and has the shape, dtype and device of the dense layer's; it cannot be assigned.
+    """
+
+    PARTS: Final = ("kernel", "gates", "filters", "left", "right")
+
+    def __init__(
+        self,
+        structure: Structure,
+        shape: tuple[int, ...],  # of the dense weight
+        *,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.structure = structure
+        self.weight_shape = shape
+        shapes = structure.shapes(shape)
+        for part in self.PARTS:
+            stored = nn.Parameter(torch.empty(shapes[part], device=device, dtype=dtype)) if part in shapes else None
+            self.register_parameter(part, stored)
+        self.bias: nn.Parameter | None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        )
+        self.register_buffer("labels", index_tensor(structure.labels).to(device), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a start for training from scratch: the variance of torch's own layers, residuals zero but trainable."""
+        bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))
+        for part, tensor in self.parts().items():
+            if part in ("filters", "left"):
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.uniform_(tensor, *((-math.sqrt(3), math.sqrt(3)) if part == "gates" else (-bound, bound)))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors of the weight by name."""
+        named = {part: getattr(self, part) for part in self.PARTS}
+        return {part: tensor for part, tensor in named.items() if tensor is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, computed at every read."""
+        return expand(self.parts(), self.structure, self.weight_shape, labels=self.labels)
+
+    @torch.no_grad()
+    def assign(self, tensors: Mapping[str, Tensor], *, bias: Tensor | None = None) -> None:
+        """Copy stored tensors (as a Fit holds them) and a bias into this layer.
+
+        Raises:
+            GMError: names or shapes are not those of this layer.
+        """
+        given = dict(tensors) | ({} if bias is None else {"bias": bias})
+        own = self.parts() | ({} if self.bias is None else {"bias": self.bias})
+        wanted = {name: tuple(each.shape) for name, each in own.items()}
+        came = {name: tuple(each.shape) for name, each in given.items()}
+        if wanted != came:
+            raise GMError(f"this layer stores {wanted}, but was given {came}")
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+    @abstractmethod
+    def dense(self) -> nn.Module:
+        """The plain torch layer with the same function, its tensors copied."""
+
+
+def _filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
+    """The plain layer with weight, bias and flags of a structured one."""
+    weight = layer.weight.detach()
+    empty.weight = nn.Parameter(weight.clone(), requires_grad=layer.kernel.requires_grad)
+    if layer.bias is not None:
+        empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+    return empty.train(layer.training)
+
+
+class GMLinear(GMLayer):
+    """A linear layer whose weight is made of group matrices; drop-in for `nn.Linear`.
+
+    `structure` is a string such as "C8xC8" or "C8xC8+displacement:2", a Group or a Structure; `rank` and `residual` add
+    a residual to it. The layer stores `structure.parameters((out_features, in_features))` numbers and the bias.
+
+    Raises:
+        GMError: a width is not a multiple of the order of the group.
+
+    >>> layer = GMLinear(8, 16, "C4", rank=1)
+    >>> layer
+    GMLinear(8, 16, 'C4+displacement:1', bias=True)
+    >>> layer(torch.ones(2, 8)).shape
+    torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        structure: Structure | Group | str,
+        *,
+        rank: int = 0,
+        residual: str = "displacement",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        found = Structure.parse(structure, rank=rank, residual=residual)
+        super().__init__(found, (out_features, in_features), bias=bias, device=device, dtype=dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def __repr__(self) -> str:
+        bias = self.bias is not None
+        return f"GMLinear({self.in_features}, {self.out_features}, {str(self.structure)!r}, bias={bias})"
+
+    def forward(self, input: Tensor) -> Tensor:  # (*batch, in_features) -> (*batch, out_features)
+        """x W(kernel, ...)ᵀ + bias."""
+        return F.linear(input, self.weight, self.bias)
+
+    def dense(self) -> nn.Linear:
+        """The `nn.Linear` with the same function."""
+        empty = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        return _filled(empty, self)  # type: ignore[return-value]
+
+
+class GMConv2d(GMLayer):
+    """A convolution whose channel matrices, one for each tap, are made of group matrices; drop-in for `nn.Conv2d`.
+
+    The group acts on the channels; the taps are carried along, or acted upon where the structure says so, as in
+    "C4[G,G,grid3x3]". In a grouped convolution the columns are the input channels of one convolution group.
+
+    Raises:
+        GMError: out_channels/groups or in_channels/groups is not a multiple of the order of the group.
+
+    >>> layer = GMConv2d(8, 16, 3, "C4", padding=1)
+    >>> layer
+    GMConv2d(8, 16, (3, 3), 'C4', stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, bias=True)
+    >>> layer(torch.ones(2, 8, 5, 5)).shape
+    torch.Size([2, 16, 5, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        structure: Structure | Group | str,
+        *,
+        rank: int = 0,
+        residual: str = "displacement",
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # nn.Conv2d checks these arguments and works out the padding; on meta it costs no memory
+        twin = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device="meta"
+        )
+        found = Structure.parse(structure, rank=rank, residual=residual)
+        if out_channels // groups % found.rows.size:
+            raise GMError(
+                f"{found} needs output channels in each of the {groups} convolution groups divisible by "
+                f"{found.rows.size}, not {out_channels // groups}"
+            )
+        super().__init__(found, tuple(twin.weight.shape), bias=bias, device=device, dtype=dtype)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = twin.kernel_size
+        self.stride = twin.stride
+        self.padding = twin.padding
+        self.dilation = twin.dilation
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.transposed = False
+        self.output_padding = (0, 0)
+        self._reversed_padding_repeated_twice = twin._reversed_padding_repeated_twice
+
+    def _options(self) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names} | {"bias": self.bias is not None}
+        return options | ({"padding_mode": self.padding_mode} if self.padding_mode != "zeros" else {})
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        widths = f"{self.in_channels}, {self.out_channels}, {self.kernel_size}"
+        return f"GMConv2d({widths}, {str(self.structure)!r}, {options})"
+
+    def forward(self, input: Tensor) -> Tensor:  # (batch, in_channels, height, width)
+        """The convolution of `nn.Conv2d` with the computed weight."""
+        if self.padding_mode == "zeros":
+            return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def dense(self) -> nn.Conv2d:
+        """The `nn.Conv2d` with the same function."""
+        empty = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, device="meta", **self._options())
+        return _filled(empty, self)  # type: ignore[return-value]
+
+
+def _like_linear(dense: nn.Linear, structure: Structure, options: dict[str, Any]) -> GMLayer:
+    return GMLinear(dense.in_features, dense.out_features, structure, **options)
+
+
+def _like_conv2d(dense: nn.Conv2d, structure: Structure, options: dict[str, Any]) -> GMLayer:
+    return GMConv2d(
+        dense.in_channels,
+        dense.out_channels,
+        dense.kernel_size,  # type: ignore[arg-type]
+        structure,
+        stride=dense.stride,  # type: ignore[arg-type]
+        padding=dense.padding,  # type: ignore[arg-type]
+        dilation=dense.dilation,  # type: ignore[arg-type]
+        groups=dense.groups,
+        padding_mode=dense.padding_mode,
+        **options,
+    )
+
+
+COUNTERPARTS: dict[type[nn.Module], Callable[[Any, Structure, dict[str, Any]], GMLayer]] = {
+    nn.Linear: _like_linear,
+    nn.Conv2d: _like_conv2d,
+}
+
+
+def counterpart(dense: nn.Module, structure: Structure | Group | str) -> GMLayer:
+    """An empty structured layer with the hyperparameters, device, dtype, mode and frozen flags of a dense one.
+
+    Raises:
+        GMError: there is no structured layer for this type, or the widths do not fit.
+
+    >>> counterpart(nn.Linear(8, 8), "C8")
+    GMLinear(8, 8, 'C8', bias=True)
+    """
+    if type(dense) not in COUNTERPARTS:
+        known = ", ".join(each.__name__ for each in COUNTERPARTS)
+        raise GMError(f"there is no structured layer for {type(dense).__name__}; there is one for {known}")
+    weight: Tensor = dense.weight  # type: ignore[assignment]
+    options = {"bias": dense.bias is not None, "device": weight.device, "dtype": weight.dtype}
+    layer = COUNTERPARTS[type(dense)](dense, Structure.parse(structure), options).train(dense.training)
+    for part in layer.parts().values():
+        part.requires_grad_(weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(dense.bias.requires_grad)  # type: ignore[union-attr]
+    return layer
