@@ -46,6 +46,7 @@ class GMLayer(nn.Module, ABC):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
+        self.labels: Tensor
         self.register_buffer("labels", index_tensor(structure.labels).to(device), persistent=False)
         self.reset_parameters()
 
@@ -94,7 +95,7 @@ class GMLayer(nn.Module, ABC):
 def _filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
     """The plain layer with weight, bias and flags of a structured one."""
     weight = layer.weight.detach()
-    empty.weight = nn.Parameter(weight.clone(), requires_grad=layer.kernel.requires_grad)
+    empty.weight = nn.Parameter(weight.clone(), requires_grad=layer.parts()["kernel"].requires_grad)
     if layer.bias is not None:
         empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return empty.train(layer.training)
@@ -183,7 +184,16 @@ class GMConv2d(GMLayer):
     ) -> None:
         # nn.Conv2d checks these arguments and works out the padding; on meta it costs no memory
         twin = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device="meta"
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device="meta",
         )
         found = Structure.parse(structure, rank=rank, residual=residual)
         if out_channels // groups % found.rows.size:
@@ -223,7 +233,8 @@ class GMConv2d(GMLayer):
 
     def dense(self) -> nn.Conv2d:
         """The `nn.Conv2d` with the same function."""
-        empty = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, device="meta", **self._options())
+        widths: tuple[Any, ...] = (self.in_channels, self.out_channels, self.kernel_size)
+        empty = nn.Conv2d(*widths, **(self._options() | {"device": "meta"}))
         return _filled(empty, self)  # type: ignore[return-value]
 
 
@@ -264,11 +275,12 @@ def counterpart(dense: nn.Module, structure: Structure | Group | str) -> GMLayer
     if type(dense) not in COUNTERPARTS:
         known = ", ".join(each.__name__ for each in COUNTERPARTS)
         raise GMError(f"there is no structured layer for {type(dense).__name__}; there is one for {known}")
-    weight: Tensor = dense.weight  # type: ignore[assignment]
-    options = {"bias": dense.bias is not None, "device": weight.device, "dtype": weight.dtype}
-    layer = COUNTERPARTS[type(dense)](dense, Structure.parse(structure), options).train(dense.training)
+    weight, bias = dense.get_parameter("weight"), dense.bias
+    options = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):  # the caller's stream stays put
+        layer = COUNTERPARTS[type(dense)](dense, Structure.parse(structure), options).train(dense.training)
     for part in layer.parts().values():
         part.requires_grad_(weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(dense.bias.requires_grad)  # type: ignore[union-attr]
+    if isinstance(bias, nn.Parameter) and layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
     return layer

@@ -1,0 +1,318 @@
+"""Which structure each layer gets: sites and rules in, a Plan out; no weight is touched."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import gcd, prod
+from typing import Any
+
+from torch import nn
+
+from .errors import GMError, nearest_names
+from .groups import Group, largest_quotient
+from .groups import group as parse_group
+from .layers import COUNTERPARTS
+from .structure import Structure
+from .surgery import Site, kind_of
+from .tables import percent, table_text
+
+Rule = str | type[nn.Module]
+Rules = Rule | Sequence[Rule]
+Override = str | Group | Structure | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would happen to a model: a structure string for every layer to be compressed, a reason for every other.
+
+    Pure data: print it, edit it, save it as JSON. `sites` are the facts it was made from and `model_parameters` counts
+    all parameters of the model, tied ones once.
+    """
+
+    group: str
+    layers: Mapping[str, str]
+    skipped: Mapping[str, str]
+    sites: tuple[Site, ...]
+    model_parameters: int
+
+    def site(self, name: str) -> Site:
+        """The facts about one layer."""
+        return next(site for site in self.sites if site.name == name)
+
+    def stored(self, name: str) -> int:
+        """Numbers stored for the weight of a compressed layer."""
+        return Structure.parse(self.layers[name]).parameters(self.site(name).shape)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model when the plan has been carried out."""
+        return self.model_parameters + sum(self.stored(name) - prod(self.site(name).shape) for name in self.layers)
+
+    def edit(self, changes: Mapping[str, Override]) -> Plan:
+        """A new plan in which some layers have another structure, or None to be left dense.
+
+        Raises:
+            GMError: a name is not in the plan, or a structure does not fit its layer.
+        """
+        layers, skipped = dict(self.layers), dict(self.skipped)
+        for name, structure in changes.items():
+            if name not in layers and name not in skipped:
+                known = [*layers, *skipped]
+                raise GMError(f"the plan has no layer {name!r}; the nearest are {nearest_names(name, known)}")
+            layers.pop(name, None)
+            skipped.pop(name, None)
+            if structure is None:
+                skipped[name] = "left dense by an edit of the plan"
+            else:
+                layers[name] = str(_literal(self.site(name), Structure.parse(structure)))
+        ordered = {site.name: layers[site.name] for site in self.sites if site.name in layers}
+        return Plan(self.group, ordered, skipped, self.sites, self.model_parameters)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per site, in the order of the model: name, shape, structure or "", dense, stored, reason."""
+        return [
+            {
+                "name": site.name,
+                "shape": site.shape,
+                "structure": self.layers.get(site.name, ""),
+                "dense": prod(site.shape),
+                "stored": self.stored(site.name) if site.name in self.layers else prod(site.shape),
+                "reason": self.skipped.get(site.name, ""),
+            }
+            for site in self.sites
+        ]
+
+    def __str__(self) -> str:
+        columns = ["layer", "shape", "structure", "dense#", "stored#", "kept#", "left dense because"]
+        rows = [
+            (
+                row["name"] or "(root)",
+                "×".join(map(str, row["shape"])),
+                row["structure"],
+                f"{row['dense']:,}",
+                f"{row['stored']:,}",
+                percent(row["stored"], row["dense"]),
+                row["reason"],
+            )
+            for row in self.rows()
+        ]
+        kept = percent(self.parameters, self.model_parameters)
+        summary = (
+            f"{len(self.layers)} of {len(self.sites)} layers compressed: "
+            f"{self.model_parameters:,} → {self.parameters:,} parameters ({kept})"
+        )
+        return table_text(f"Plan for {self.group}", columns, rows, width=140) + "\n" + summary
+
+    def to_json(self) -> str:
+        """The plan as JSON; `Plan.from_json` reads it back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from its JSON, each structure checked against the shape of its layer.
+
+        Raises:
+            GMError: not JSON, a field is missing or of the wrong type, or a structure does not fit its layer.
+        """
+        try:
+            found = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as problem:
+            raise GMError(f"a plan is JSON, but this is not: {problem}") from None
+        return cls.from_dict(found)
+
+    @classmethod
+    def from_dict(cls, found: object) -> Plan:
+        """A plan from the object that its JSON holds."""
+        wanted = {field.name: field for field in fields(cls)}
+        if not isinstance(found, dict) or set(found) != set(wanted):
+            raise GMError(f"a plan is an object with the fields {', '.join(wanted)}")
+        sites = tuple(_site_from(each) for each in _expect(found["sites"], list, "sites"))
+        shapes = {site.name: site for site in sites}
+        layers = _strings(found["layers"], "layers")
+        for name, text in layers.items():
+            if name not in shapes:
+                raise GMError(f"the plan gives a structure to {name[:80]!r}, which is not among its sites")
+            _literal(shapes[name], Structure.parse(text))
+        skipped = _strings(found["skipped"], "skipped")
+        total = _expect(found["model_parameters"], int, "model_parameters")
+        return cls(_expect(found["group"], str, "group"), layers, skipped, sites, total)
+
+
+def _expect(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise GMError(f"in a plan, {what} must be of type {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _strings(value: Any, what: str) -> dict[str, str]:
+    return {name: _expect(text, str, f"{what}[{name[:80]!r}]") for name, text in _expect(value, dict, what).items()}
+
+
+def _site_from(value: Any) -> Site:
+    names = [field.name for field in fields(Site)]
+    if set(_expect(value, dict, "a site")) != set(names):
+        raise GMError(f"in a plan, a site is an object with the fields {', '.join(names)}")
+    shape = tuple(_expect(each, int, "an entry of a shape") for each in _expect(value["shape"], list, "a shape"))
+    if len(shape) < 2 or min(shape) < 1 or prod(shape) > 1 << 40:
+        raise GMError(f"in a plan, {list(shape)[:8]} is not the shape of a weight")
+    aliases = tuple(_expect(each, str, "an alias") for each in _expect(value["aliases"], list, "aliases"))
+    calls = value["calls"] if value["calls"] is None else _expect(value["calls"], int, "calls")
+    texts = {key: _expect(value[key], str, key) for key in ("name", "kind", "role", "obstacle")}
+    conv_groups = _expect(value["conv_groups"], int, "conv_groups")
+    if conv_groups < 1 or shape[0] % conv_groups:
+        raise GMError(f"in a plan, {shape[0]} rows cannot be in {conv_groups} convolution groups")
+    counts = {"conv_groups": conv_groups, "parameters": _expect(value["parameters"], int, "parameters")}
+    return Site(shape=shape, aliases=aliases, calls=calls, **texts, **counts)
+
+
+def _literal(site: Site, structure: Structure) -> Structure:
+    """The structure, once it is known to fit the site as it stands."""
+    structure.blocks(site.shape)
+    if site.shape[0] // site.conv_groups % structure.rows.size:
+        raise GMError(f"{structure} does not fit {site.name!r}: {site.shape[0]} rows in {site.conv_groups} groups")
+    return structure
+
+
+def choose(
+    sites: Sequence[Site],
+    group: str | Group,
+    *,
+    model_parameters: int,
+    rank: int = 1,
+    residual: str = "displacement",
+    include: Rules = (),
+    exclude: Rules = (),
+    overrides: Mapping[Rule, Override] | None = None,
+) -> Plan:
+    """The literal plan: on every eligible layer the largest fitting quotient of `group` with a residual of this rank.
+
+    A rule is a glob on names ("layer3.*"), a regular expression on whole names ("re:.*conv[12]") or a module type.
+    `exclude` goes first, then the first matching override, then `include`, which brings stem and classifier in.
+
+    Raises:
+        GMError: an unknown group or residual, a negative rank, a rule that matches nothing, or no layer left to compress.
+    """
+    bound = Structure.parse(group if isinstance(group, Group) else parse_group(group))
+    default = bound.with_rank(rank, residual=residual)
+    if bound.group.order == 1:
+        raise GMError("the trivial group C1 compresses nothing; give a larger one")
+    rules = _Rules(sites, include, exclude, overrides or {})
+    layers: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for site in sites:
+        try:
+            layers[site.name] = str(_structure_of(site, default, rules))
+        except _Skip as reason:
+            skipped[site.name] = str(reason)
+    if not layers:
+        raise GMError(f"no layer can be compressed with {group}: {_reasons(skipped)}")
+    return Plan(str(bound.group), layers, skipped, tuple(sites), model_parameters)
+
+
+def _reasons(skipped: Mapping[str, str]) -> str:
+    shown = [f"{name or 'the model'}: {reason}" for name, reason in list(skipped.items())[:3]]
+    more = f" (and {len(skipped) - 3} more)" if len(skipped) > 3 else ""
+    return "; ".join(shown) + more if shown else "it holds no weight matrix"
+
+
+class _Skip(Exception):  # noqa: N818 - the flow of a plan, not an error: the message is the reason
+    """A site stays dense."""
+
+
+class _Rules:
+    """Include, exclude and overrides, each checked to match something."""
+
+    def __init__(
+        self, sites: Sequence[Site], include: Rules, exclude: Rules, overrides: Mapping[Rule, Override]
+    ) -> None:
+        self.include, self.exclude, self.overrides = _listed(include), _listed(exclude), dict(overrides)
+        for rule in (*self.include, *self.exclude, *self.overrides):
+            if not any(matches(rule, site) for site in sites):
+                shown = rule if isinstance(rule, str) else rule.__name__
+                known = [site.name for site in sites] if isinstance(rule, str) else {site.kind for site in sites}
+                raise GMError(f"the rule {shown!r} matches no layer; the nearest are {nearest_names(shown, known)}")
+
+
+def _listed(rules: Rules) -> list[Rule]:
+    listed = [rules] if isinstance(rules, str | type) else list(rules)
+    for rule in listed:
+        if not (isinstance(rule, str) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
+            raise GMError(f'a rule is a glob, a "re:" pattern or a module type, not {rule!r}')
+    return listed
+
+
+def matches(rule: Rule, site: Site) -> bool:
+    """Whether a rule names a site: by any of its names, or by its exact type.
+
+    Raises:
+        GMError: a regular expression is malformed.
+    """
+    if not isinstance(rule, str):
+        return kind_of(rule) == site.kind
+    names = (site.name, *site.aliases)
+    if not rule.startswith("re:"):
+        return any(fnmatch.fnmatchcase(name, rule) for name in names)
+    try:
+        pattern = re.compile(rule[3:])
+    except re.error as problem:
+        raise GMError(f"the rule {rule!r} is no regular expression: {problem}") from None
+    return any(pattern.fullmatch(name) for name in names)
+
+
+def _structure_of(site: Site, default: Structure, rules: _Rules) -> Structure:
+    """The structure of one site.
+
+    Raises:
+        _Skip: the site stays dense, with the reason.
+    """
+    excluding = next((rule for rule in rules.exclude if matches(rule, site)), None)
+    if excluding is not None:
+        raise _Skip(f"excluded by {_shown(excluding)}")
+    if site.kind not in {kind_of(each) for each in COUNTERPARTS}:
+        raise _Skip(f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}")
+    if site.obstacle:
+        raise _Skip(site.obstacle)
+    overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
+    wanted = default
+    if overriding is not None:
+        value = rules.overrides[overriding]
+        if value is None:
+            raise _Skip(f"left dense by the override {_shown(overriding)}")
+        wanted = Structure.parse(value)
+        if isinstance(value, Group) or (isinstance(value, str) and "+" not in value):
+            wanted = Structure(
+                wanted.group, wanted.rows, wanted.columns, wanted.taps, default.displacement, default.lowrank
+            )
+    elif site.role and not any(matches(rule, site) for rule in rules.include):
+        raise _Skip(f"it is the {site.role}, left dense unless include names it")
+    return _fitted(site, wanted)
+
+
+def _shown(rule: Rule) -> str:
+    return repr(rule) if isinstance(rule, str) else rule.__name__
+
+
+def _fitted(site: Site, wanted: Structure) -> Structure:
+    """The structure on the largest quotient that fits the widths; one with other sets than the group is literal."""
+    rows, columns = site.shape[0] // site.conv_groups, site.shape[1]
+    if wanted == Structure.regular(wanted.group, displacement=wanted.displacement, lowrank=wanted.lowrank):
+        quotient = largest_quotient(wanted.group, gcd(rows, columns))
+        if quotient.order == 1:
+            each = " in each convolution group" if site.conv_groups > 1 else ""
+            raise _Skip(
+                f"{rows} rows and {columns} columns{each} admit no quotient of {wanted.group} but the trivial one"
+            )
+        wanted = Structure.regular(quotient, displacement=wanted.displacement, lowrank=wanted.lowrank)
+    else:
+        try:
+            _literal(site, wanted)
+        except GMError as problem:
+            raise _Skip(str(problem)) from None
+    dense, stored = prod(site.shape), wanted.parameters(site.shape)
+    if stored >= dense:
+        raise _Skip(f"{wanted} would store {stored:,} numbers, the dense layer {dense:,}")
+    return wanted

@@ -1,0 +1,44 @@
+"""Plain-text tables, for everything that prints itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table for rich: the first column left, numbers (columns whose name ends in a non-breaking sign '#') right."""
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name.rstrip("#"), justify="right" if name.endswith("#") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(each) for each in row))
+    return table
+
+
+def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, width: int = 120) -> str:
+    """The same table as text, without colours.
+
+    >>> print(table_text("", ["layer", "kept#"], [["fc", "50 %"]]))
+     layer   kept
+    ──────────────
+     fc      50 %
+    """
+    page = io.StringIO()
+    Console(file=page, width=width, color_system=None, highlight=False, markup=False).print(
+        make_table(title, columns, rows)
+    )
+    return "\n".join(line.rstrip() for line in page.getvalue().strip("\n").split("\n"))
+
+
+def percent(part: float, whole: float) -> str:
+    """A share to one decimal.
+
+    >>> percent(1, 8)
+    '12.5 %'
+    """
+    return f"{100 * part / whole:.1f} %" if whole else "-"
