@@ -1,1 +1,66 @@
-"""gmcompress: make a trained PyTorch network smaller with group matrices."""
+"""gmcompress: make a trained PyTorch network smaller with group matrices, and say what it cost.
+
+>>> import gmcompress as gm
+>>> gm.group("C4xC2").order
+8
+"""
+
+from . import groups
+from .errors import GMError
+from .groups import Group, GSet, group
+from .layers import GMConv2d, GMLinear
+from .metrics import Metrics, measure
+from .pipeline import compress, densify, equivariance, tune
+from .pipeline import make_plan as plan
+from .planning import Plan
+from .projection import Fit, project
+from .reporting import Report, Result
+from .storage import load, save
+from .structure import (
+    Structure,
+    diagonals,
+    displacement,
+    displacement_rank,
+    distance,
+    expand,
+    generator_displacement,
+    generator_displacement_rank,
+    nearest,
+)
+from .surgery import Site, replace, trace
+
+__all__ = [
+    "Fit",
+    "GMConv2d",
+    "GMError",
+    "GMLinear",
+    "GSet",
+    "Group",
+    "Metrics",
+    "Plan",
+    "Report",
+    "Result",
+    "Site",
+    "Structure",
+    "compress",
+    "densify",
+    "diagonals",
+    "displacement",
+    "displacement_rank",
+    "distance",
+    "equivariance",
+    "expand",
+    "generator_displacement",
+    "generator_displacement_rank",
+    "group",
+    "groups",
+    "load",
+    "measure",
+    "nearest",
+    "plan",
+    "project",
+    "replace",
+    "save",
+    "trace",
+    "tune",
+]

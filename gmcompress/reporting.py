@@ -1,0 +1,157 @@
+"""What was saved and what it cost: Result and Report; renders numbers, and never touches a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import GMError
+from .files import write_text
+from .metrics import Metrics
+from .pages import render_html
+from .planning import Plan
+from .surgery import Inputs
+from .tables import percent, table_text
+
+
+@dataclass(frozen=True)
+class Report:
+    """The facts about one compression, as data; `print` it, or `save` it as .html, .json or .txt.
+
+    `layers` has one row per compressed layer: `layer`, `structure`, `dense` and `stored` numbers, `relative_error` of
+    the weight, `svd_error` of plain truncated SVD with at most as many numbers (the control), and the relative distance
+    to the group matrices `distance_before`, `distance_compressed` and `distance_tuned`; after `gm.equivariance` also
+    `displacement_rank` and `generator_displacement_rank`. `accuracy` maps "dense", "compressed" and "tuned" to top-1
+    accuracies in percent where they were measured; `history` has one row per epoch of fine-tuning.
+    """
+
+    model: str
+    plan: Plan
+    before: Metrics
+    after: Metrics
+    layers: tuple[Mapping[str, Any], ...]
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    history: tuple[Mapping[str, Any], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The one line that matters."""
+        kept = percent(self.after.parameters, self.before.parameters)
+        parts = [
+            f"{self.model}: {self.before.parameters:,} → {self.after.parameters:,} parameters ({kept})",
+            f"{len(self.plan.layers)} of {len(self.plan.sites)} layers with {self.plan.group}",
+        ]
+        if self.before.latency_ms and self.after.latency_ms:
+            parts.append(f"latency ×{self.after.latency_ms / self.before.latency_ms:.2f}")
+        if "dense" in self.accuracy:
+            last = "tuned" if "tuned" in self.accuracy else "compressed"
+            if last in self.accuracy:
+                parts.append(f"accuracy {self.accuracy['dense']:.2f} → {self.accuracy[last]:.2f} %")
+        elif not self.history:
+            parts.append("not fine-tuned: expect the outputs to have changed")
+        return "; ".join(parts)
+
+    def savings(self) -> list[tuple[str, str, str, str]]:
+        """Rows (what, before, after, share kept) of everything that was measured."""
+        rows = []
+        for what, label in (("parameters", "parameters"), ("bytes", "bytes"), ("macs", "multiply-adds")):
+            old, new = getattr(self.before, what), getattr(self.after, what)
+            if old is not None and new is not None:
+                rows.append((label, f"{old:,}", f"{new:,}", percent(new, old)))
+        old, new = self.before, self.after
+        if old.latency_ms is not None and new.latency_ms is not None:
+            shown = [f"{each.latency_ms:.2f} ± {each.latency_spread_ms:.2f}" for each in (old, new)]
+            rows.append(("latency, ms", shown[0], shown[1], percent(new.latency_ms, old.latency_ms)))
+        for what, value in self.accuracy.items():
+            if what != "dense" and "dense" in self.accuracy:
+                dense = self.accuracy["dense"]
+                rows.append((f"accuracy {what}, %", f"{dense:.2f}", f"{value:.2f}", f"{value - dense:+.2f} points"))
+        return rows
+
+    def __str__(self) -> str:
+        parts = [self.summary, table_text("What was saved", ["", "before#", "after#", "kept#"], self.savings())]
+        columns = ["layer", "structure", "dense#", "stored#", "error#", "SVD#", "d before#", "d after#"]
+        rows = [
+            (
+                row["layer"] or "(root)",
+                row["structure"],
+                f"{row['dense']:,}",
+                f"{row['stored']:,}",
+                f"{row['relative_error']:.3f}",
+                f"{row['svd_error']:.3f}",
+                f"{row['distance_before']:.3f}",
+                f"{row['distance_compressed' if row['distance_tuned'] is None else 'distance_tuned']:.3f}",
+            )
+            for row in self.layers
+        ]
+        parts.append(table_text("Compressed layers (errors and distances relative to the weight)", columns, rows))
+        if self.plan.skipped:
+            skipped = [(name or "(root)", reason) for name, reason in self.plan.skipped.items()]
+            parts.append(table_text("Left dense", ["layer", "because"], skipped))
+        return "\n\n".join(parts)
+
+    def to_json(self) -> str:
+        """The report as JSON; `Report.from_json` reads it back."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """A report from its JSON.
+
+        Raises:
+            GMError: it is not the JSON of a report.
+        """
+        try:
+            found = json.loads(text)
+            names = {each.name for each in fields(cls)}
+            if not isinstance(found, dict) or set(found) != names:
+                raise GMError(f"a report is an object with the fields {', '.join(sorted(names))}")
+            found["plan"] = Plan.from_dict(found["plan"])
+            found["before"], found["after"] = Metrics(**found["before"]), Metrics(**found["after"])
+            found["layers"], found["history"] = tuple(found["layers"]), tuple(found["history"])
+            return cls(**found)
+        except (json.JSONDecodeError, RecursionError, TypeError) as problem:
+            raise GMError(f"this is not the JSON of a report: {problem}") from None
+
+    def to_html(self) -> str:
+        """The report as one self-contained page."""
+        return render_html(asdict(self) | {"summary": self.summary, "savings": self.savings()})
+
+    def save(self, path: str | Path) -> None:
+        """Write the report: one self-contained page for .html, data for .json, text for .txt.
+
+        Raises:
+            GMError: another suffix, or the file cannot be written.
+        """
+        path = Path(path)
+        writers = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}
+        if path.suffix not in writers:
+            raise GMError(f"a report is saved as {', '.join(writers)}, not as {path.name!r}")
+        write_text(path, writers[path.suffix]() + "\n")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed model with the plan it was made by and the report on it.
+
+    `teacher` is the dense model, from which `tune` distils; None where it was compressed in place. `inputs` are the
+    example inputs that were given.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    teacher: nn.Module | None = None
+    inputs: Inputs | None = None
+
+    def __str__(self) -> str:
+        return self.report.summary
+
+    def __repr__(self) -> str:
+        return f"Result({self.report.summary})"

@@ -1,0 +1,284 @@
+"""Save and load compressed models: safetensors and JSON in a folder, no pickle, nothing imported by a name in a file.
+
+A folder holds `gmcompress.json` (format, structures, plan, dtypes, aliases of tied tensors, digests of the other
+files), `model.safetensors`, and `check.safetensors`: example inputs with the outputs they gave, which loading runs
+again.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import GMError, nearest_names
+from .files import file_digest, json_digest, new_folder, read_json, read_tensors, write_json, write_tensors
+from .layers import GMLayer, counterpart
+from .planning import Plan
+from .reporting import Result
+from .surgery import Inputs, check_model, get_modules, replace, run, shell
+
+FORMAT = 1
+DESCRIPTION, WEIGHTS, CHECK = "gmcompress.json", "model.safetensors", "check.safetensors"
+FIELDS = {"format", "versions", "source", "layers", "plan", "dtypes", "aliases", "check", "digests", "digest"}
+
+
+def save(
+    model: nn.Module | Result,
+    folder: str | Path,
+    *,
+    inputs: Inputs | None = None,
+    source: str | None = None,  # "timm:resnet50", from which load() can build the dense model itself
+    source_options: Mapping[str, Any] | None = None,  # of timm.create_model: num_classes, in_chans, ...
+) -> None:
+    """Write a compressed model to a folder that takes the place of an older one, whole or not at all.
+
+    `inputs` (those of a Result, or one random image for a timm model, where left out) make the stored pair of inputs
+    and outputs by which `load` checks itself; without any there is no such pair, and a warning says so.
+
+    Raises:
+        GMError: a wrapped model, inputs that it does not accept, a source that is not "timm:...", or no place to write.
+    """
+    plan = model.plan if isinstance(model, Result) else None
+    if isinstance(model, Result):
+        inputs = model.inputs if inputs is None else inputs
+        model = model.model
+    check_model(model)
+    if source is not None and not source.startswith("timm:"):
+        raise GMError(f'a source is "timm:" and the name of a model, not {source!r}')
+    tensors, aliases = _distinct(model)
+    pair = _pair(model, _example(model) if inputs is None else inputs)
+    if not pair:
+        warnings.warn(
+            "saved without example inputs, so load() cannot run the model to check it; pass inputs=", stacklevel=2
+        )
+    layers = {name: str(each.structure) for name, each in model.named_modules() if isinstance(each, GMLayer)}
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("gmcompress", "torch", "timm")}
+        | {"python": platform.python_version()},
+        "source": None if source is None else {"name": source, "options": dict(source_options or {})},
+        "layers": layers,
+        "plan": None if plan is None else plan.to_dict(),
+        "dtypes": {name: str(each.dtype).removeprefix("torch.") for name, each in tensors.items()},
+        "aliases": aliases,
+        "check": sorted(name for name in pair if name.startswith("input")),
+    }
+    with new_folder(Path(folder)) as beside:
+        write_tensors(beside / WEIGHTS, tensors)
+        write_tensors(beside / CHECK, pair)
+        content["digests"] = {name: file_digest(beside / name) for name in (WEIGHTS, CHECK)}
+        write_json(beside / DESCRIPTION, content | {"digest": json_digest(content)})
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The compressed model in a folder, in evaluation mode, rebuilt on a copy of an uncompressed `model`.
+
+    The dense model may be left out where the folder was saved with a source. The stored inputs are run again and must
+    give the stored outputs.
+
+    Raises:
+        GMError: a file is missing, truncated, edited or foreign, the model is another one, or the outputs differ.
+    """
+    place = Path(folder)
+    content = _description(place)
+    dense = _built(content["source"], place) if model is None else model
+    check_model(dense)
+    small = _rebuilt(dense, content["layers"], place)
+    _fill(small, read_tensors(place / WEIGHTS), content, place)
+    _check_pair(small.eval(), read_tensors(place / CHECK), content["check"], place)
+    return small
+
+
+def describe_folder(folder: str | Path) -> dict[str, Any]:
+    """The checked content of a folder's gmcompress.json.
+
+    Raises:
+        GMError: a file is missing, truncated, edited or foreign.
+    """
+    return _description(Path(folder))
+
+
+def _description(place: Path) -> dict[str, Any]:
+    """The description of a folder, all digests checked."""
+    path = place / DESCRIPTION
+    if not path.is_file():
+        raise GMError(f"{place} is no folder of a compressed model: it has no {DESCRIPTION}")
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise GMError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+    if set(content) != FIELDS:
+        raise GMError(f"{path} lacks or adds fields: {', '.join(sorted(set(content) ^ FIELDS))}")
+    if content["digest"] != json_digest({key: value for key, value in content.items() if key != "digest"}):
+        raise GMError(f"{path} was changed after it was written: its digest does not match")
+    for name in (WEIGHTS, CHECK):
+        if file_digest(place / name) != content["digests"].get(name):
+            raise GMError(f"{place / name} was changed, truncated or replaced after it was written")
+    for key, kind in (("layers", dict), ("dtypes", dict), ("aliases", dict), ("check", list), ("digests", dict)):
+        if not isinstance(content[key], kind):
+            raise GMError(f"{path}: {key!r} must be of type {kind.__name__}")
+    if content["plan"] is not None:
+        content["plan"] = Plan.from_dict(content["plan"])
+    return content
+
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the state dict, tied ones once, and for every other name the one it stands for."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise GMError(f"the model's state {name!r} is no tensor but {type(tensor).__name__}, which cannot be saved")
+        kept = first.setdefault(id(tensor), name)
+        if kept == name:
+            tensors[name] = tensor.detach().clone()
+        else:
+            aliases[name] = kept
+    return tensors, aliases
+
+
+def _example(model: nn.Module) -> Tensor | None:
+    """One random image of the size that a timm model declares, else None."""
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if not size:
+        return None
+    first = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, *size, generator=generator).to(device=first.device, dtype=first.dtype)
+
+
+def _pair(model: nn.Module, inputs: Inputs | None) -> dict[str, Tensor]:
+    """Example inputs, cut down to one sample where the model runs on that, and the outputs they give."""
+    if inputs is None:
+        return {}
+    named = _named(inputs)
+    sizes = {each.shape[0] if each.dim() else None for each in named.values()}
+    ready = shell(model)
+    if len(sizes) == 1 and None not in sizes:
+        try:
+            return _run_pair(ready, {key: value[:1].clone() for key, value in named.items()})
+        except GMError:
+            pass  # a model bound to its batch size is checked on the whole batch
+    return _run_pair(ready, named)
+
+
+def _run_pair(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    outputs = _tensors(run(model, _unnamed(named)))
+    return {key: each.detach().clone() for key, each in named.items()} | {
+        f"output.{index:04d}": each.detach().clone() for index, each in enumerate(outputs)
+    }
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+
+
+def _named(inputs: Inputs) -> dict[str, Tensor]:
+    """Inputs as tensors by name: "input", "input.0000", ... or "input:key"."""
+    if isinstance(inputs, Tensor):
+        return {"input": inputs}
+    if isinstance(inputs, Mapping):
+        named = {f"input:{key}": value for key, value in inputs.items()}
+    else:
+        named = {f"input.{index:04d}": value for index, value in enumerate(inputs)}
+    for key, value in named.items():
+        if not isinstance(value, Tensor):
+            raise GMError(f"example inputs to be saved must be tensors, but {key} is {type(value).__name__}")
+    return named
+
+
+def _unnamed(named: Mapping[str, Tensor]) -> Inputs:
+    if "input" in named:
+        return named["input"]
+    if all(key.startswith("input:") for key in named):
+        return {key.removeprefix("input:"): value for key, value in named.items()}
+    return [named[key] for key in sorted(named)]
+
+
+def _built(source: Any, place: Path) -> nn.Module:
+    """The dense model that a folder names; only timm's own registry is consulted."""
+    import timm
+
+    if source is None:
+        raise GMError(f"{place} does not say how to build the dense model; pass it: load(folder, model)")
+    name = source.get("name") if isinstance(source, dict) else None
+    options = source.get("options") if isinstance(source, dict) else None
+    if not isinstance(name, str) or not name.startswith("timm:") or not isinstance(options, dict):
+        raise GMError(f"{place / DESCRIPTION}: the source {source!r} is not understood")
+    name = name.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise GMError(f"{place} needs timm's model {name[:80]!r}, which this timm ({timm.__version__}) does not know")
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except Exception as problem:
+        raise GMError(f"timm cannot build {name!r} with {options}: {problem}") from problem
+
+
+def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], place: Path) -> nn.Module:
+    """A copy of the dense model with empty structured layers in place."""
+    try:
+        originals = get_modules(dense, layers)
+        return replace(dense, {name: counterpart(originals[name], text) for name, text in layers.items()})
+    except GMError as problem:
+        raise GMError(f"{place} was saved from another model: {problem}") from None
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, Any], place: Path) -> None:
+    """Put the stored tensors in place: shapes must agree, dtypes become the stored ones, ties stay ties."""
+    aliases = content["aliases"]
+    own = model.state_dict(keep_vars=True)
+    known = {*tensors, *aliases}
+    missing, foreign = sorted(set(own) - known), sorted(known - set(own))
+    if missing or foreign:
+        name = (missing or foreign)[0]
+        which = (
+            f"lacks {name!r}"
+            if missing
+            else f"holds {name!r}, which the model has not; near: {nearest_names(name, own)}"
+        )
+        raise GMError(f"{place / WEIGHTS} was saved from another model: it {which}")
+    for name, target in own.items():
+        found = tensors.get(aliases.get(name, name))
+        if found is None or str(found.dtype).removeprefix("torch.") != content["dtypes"].get(aliases.get(name, name)):
+            raise GMError(f"{place / WEIGHTS}: {name!r} is missing or of another dtype than {DESCRIPTION} says")
+        if found.shape != target.shape:
+            shapes = f"{tuple(found.shape)} there, {tuple(target.shape)} in the model"
+            raise GMError(f"{place / WEIGHTS} was saved from another model: {name!r} has shape {shapes}")
+    with torch.no_grad():
+        for name, target in own.items():
+            target.data = tensors[aliases.get(name, name)].to(target.device)
+
+
+def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str], place: Path) -> None:
+    """Run the stored inputs again and compare with the stored outputs, to a tolerance of their dtype."""
+    if not inputs:
+        return
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    if any(name not in pair for name in inputs):
+        raise GMError(f"{place / CHECK} lacks inputs that {DESCRIPTION} names")
+    found = _tensors(run(shell(model), _unnamed({name: pair[name].to(device) for name in inputs})))
+    wanted = [pair[name] for name in sorted(pair) if name.startswith("output.")]
+    if [each.shape for each in found] != [each.shape for each in wanted]:
+        raise GMError(
+            f"{place}: the loaded model's outputs have other shapes than the saved one's; is it the same model?"
+        )
+    for new, old in zip(found, wanted, strict=True):
+        new, old = new.detach().cpu().double(), old.double()
+        scale = max(float(old.abs().max()) if old.numel() else 0.0, 1e-12)
+        worst = float((new - old).abs().max()) / scale if old.numel() else 0.0
+        limit = math.sqrt(torch.finfo(wanted[0].dtype).eps) if wanted[0].is_floating_point() else 0.0
+        if not worst <= limit:
+            raise GMError(
+                f"{place}: on the stored inputs the loaded model's outputs differ by {worst:.2g} of their size "
+                f"(tolerance {limit:.2g}); the model passed is not the one that was saved"
+            )
