@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .errors import GMError
 from .layers import GMLayer
 from .structure import Structure, displacement_rank, distance, generator_displacement_rank
-from .surgery import Inputs, check_model, describe, run, shell
+from .surgery import Inputs, check_model, describe, run, shell, weight_of
 from .tables import table_text
 
 
@@ -168,7 +168,9 @@ def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) ->
     """
     if isinstance(layer, GMLayer):
         return output.numel() * prod(layer.weight_shape[1:]) + expansion_macs(layer.structure, layer.weight_shape)
-    shape = layer.get_parameter("weight").shape
+    weight = weight_of(layer)
+    assert weight is not None, "only layers that hold a weight are counted"
+    shape = weight.shape
     if isinstance(layer, _TRANSPOSED):
         return (given.numel() if given is not None else 0) * prod(shape[1:])
     return output.numel() * prod(shape[1:])

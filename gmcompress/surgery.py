@@ -145,7 +145,7 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    holders = {name: module for name, module in model.named_modules() if _weight(module) is not None}
+    holders = {name: module for name, module in model.named_modules() if weight_of(module) is not None}
     calls = _calls_by_run(model, inputs) if inputs is not None else _calls_by_fx(model)
     order = {name: at for at, name in enumerate(calls)} if calls is not None else {}
     ordered = sorted(holders, key=lambda name: order.get(name, len(order)))  # stable: what never runs comes last
@@ -157,7 +157,7 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
             name=name,
             aliases=tuple(alias for alias in names[id(holders[name])] if alias != name),
             kind=kind_of(type(holders[name])),
-            shape=tuple(_weight(holders[name]).shape),  # type: ignore[union-attr]
+            shape=tuple(weight_of(holders[name]).shape),  # type: ignore[union-attr]
             conv_groups=getattr(holders[name], "groups", 1),
             parameters=sum(each.numel() for each in holders[name].parameters(recurse=False)),
             calls=None if calls is None else calls.get(name, 0),
@@ -173,8 +173,8 @@ def kind_of(cls: type[nn.Module]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _weight(module: nn.Module) -> Tensor | None:
-    """The weight matrix of a module, if it holds one."""
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight matrix of a module, a parametrized one included; None where it holds none."""
     found = getattr(module, "weight", None) if parametrize.is_parametrized(module) else module._parameters.get("weight")
     if isinstance(found, nn.parameter.UninitializedParameter) or not isinstance(found, Tensor):
         return None

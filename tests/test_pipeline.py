@@ -1,0 +1,197 @@
+"""compress(): the zoo survives it, the user's model does not change, bad input is named; densify and equivariance."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import zoo
+from conftest import assert_close
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+import gmcompress as gm
+from gmcompress.layers import GMLayer
+from gmcompress.pipeline import check_outputs
+from gmcompress.surgery import call, run
+
+
+def assert_same_outputs(found, expected, *, slack=10.0):
+    (new, new_form), (old, old_form) = tree_flatten(found), tree_flatten(expected)
+    assert new_form == old_form
+    for a, b in zip(new, old, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a.detach(), b.detach(), slack=slack)
+
+
+@pytest.fixture(params=list(zoo.MODELS), scope="module")
+def compressed(request):
+    """Every model of the zoo with its inputs and the result of compressing it."""
+    exhibit = zoo.MODELS[request.param]
+    torch.manual_seed(0)
+    model, inputs = exhibit.build().eval(), exhibit.inputs()
+    return exhibit, model, inputs, gm.compress(model, "C4", inputs=inputs)
+
+
+def test_the_zoo_compresses(compressed):
+    exhibit, model, inputs, result = compressed
+    layers = {name for name, module in result.model.named_modules() if isinstance(module, GMLayer)}
+    assert layers == set(exhibit.compressed)
+    check_outputs(run(model, inputs), run(result.model, inputs))
+    assert result.report.after.parameters < result.report.before.parameters
+    assert [row["layer"] for row in result.report.layers] == list(result.plan.layers)
+
+
+def test_the_zoo_keeps_its_dense_models(compressed):
+    exhibit, model, _, result = compressed
+    assert not any(isinstance(module, GMLayer) for module in model.modules())
+    torch.manual_seed(0)
+    fresh = exhibit.build()
+    assert all(torch.equal(each, fresh.state_dict()[key]) for key, each in model.state_dict().items())
+    shared = {id(each) for each in model.parameters()} & {id(each) for each in result.model.parameters()}
+    assert not shared
+
+
+def test_the_zoo_densifies_to_the_same_function(compressed):
+    _, _, inputs, result = compressed
+    dense = gm.densify(result.model)
+    assert not any(isinstance(module, GMLayer) for module in dense.modules())
+    assert_same_outputs(run(dense, inputs), run(result.model, inputs))
+
+
+def test_the_zoo_trains(compressed):
+    _, _, inputs, result = compressed
+    model = copy.deepcopy(result.model).train()
+    outputs = [each for each in tree_flatten(call(model, inputs))[0] if each.requires_grad]
+    sum(each.float().sum() for each in outputs).backward()
+    layers = [module for module in model.modules() if isinstance(module, GMLayer)]
+    trained = [layer for layer in layers if layer.kernel.requires_grad]
+    assert any(layer.kernel.grad is not None and layer.kernel.grad.abs().sum() > 0 for layer in trained)
+    assert all(layer.kernel.grad is None for layer in layers if not layer.kernel.requires_grad)
+
+
+def test_train_and_no_grad_agree_for_a_transformer_encoder():
+    """In evaluation without gradients torch reads the weights directly, in training it calls the layers."""
+    exhibit = zoo.MODELS["encoder layer"]
+    model, inputs = gm.compress(exhibit.build(), "C4").model, exhibit.inputs()
+    slow = model.train()(inputs)
+    with torch.no_grad():
+        fast = model.eval()(inputs)
+    assert_close(fast, slow.detach(), slack=10)
+
+
+def test_at_full_rank_nothing_is_lost():
+    """The control of all: a plan of the largest displacement rank gives the dense weight back."""
+    model = zoo.mlp().double()
+    exact = gm.plan(model, "C4").edit({"0": "C4+displacement:3", "2": "C4+displacement:3"})
+    assert_close(gm.compress(model, plan=exact).model(torch.eye(8).double()), model(torch.eye(8).double()))
+    with pytest.raises(AssertionError):
+        assert_close(gm.compress(model, "C4").model(torch.eye(8).double()), model(torch.eye(8).double()))
+
+
+def test_the_weight_is_the_nearest():
+    model = zoo.mlp()
+    result = gm.compress(model, "C4", rank=0)
+    assert_close(result.model[0].weight, gm.nearest(model[0].weight, "C4").detach())
+    row = result.report.layers[0]
+    assert row["relative_error"] == pytest.approx(gm.distance(model[0].weight, "C4", relative=True), rel=1e-5)
+    assert row["distance_compressed"] == 0
+
+
+def test_in_place_changes_the_model_itself_and_only_when_all_is_well():
+    model = zoo.Unreachable()
+    result = gm.compress(model, "C4", inplace=True, inputs=torch.randn(2, 8))
+    assert result.model is model
+    assert isinstance(model.body, gm.GMLinear)
+    assert result.teacher is None
+    broken = zoo.Unreachable()
+    broken.aux.weight.data[0, 0] = float("nan")
+    with pytest.raises(gm.GMError, match=r"layer 'aux'.*NaN"):
+        gm.compress(broken, "C4", inplace=True)
+    assert isinstance(broken.body, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (zoo.mlp, {"group": "Z4"}, "unknown group family 'Z'"),
+        (zoo.mlp, {"rank": -1}, "at least 0, not -1"),
+        (zoo.mlp, {"exclude": "conv*"}, "matches no layer"),
+        (zoo.mlp, {"inputs": torch.zeros(2, 3)}, r"does not run on inputs of shape \(2, 3\)"),
+        (lambda: nn.Sequential(nn.Linear(7, 5)), {}, "no layer can be compressed"),
+        (lambda: nn.DataParallel(zoo.mlp()), {}, "wrapped in DataParallel"),
+        (lambda: torch.compile(zoo.mlp()), {}, "wrapped in OptimizedModule"),
+        (zoo.mlp, {"plan": gm.plan(zoo.Unreachable(), "C4")}, "no module 'body'"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(model, options, message):
+    with pytest.raises(gm.GMError, match=message) as caught:
+        gm.compress(model(), **{"group": "C4", **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_that_differ_are_refused():
+    with pytest.raises(gm.GMError, match="returns"):
+        check_outputs([torch.zeros(2)], [torch.zeros(3)])
+    with pytest.raises(gm.GMError, match="not finite"):
+        check_outputs([torch.zeros(2)], [torch.tensor([1.0, float("nan")])])
+
+
+def test_a_plan_made_before_is_carried_out():
+    model = zoo.mlp()
+    plan = gm.plan(model, "C4").edit({"0": None})
+    assert isinstance(gm.compress(model, plan=plan).model[0], nn.Linear)
+
+
+def test_compressing_draws_no_random_numbers():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet")
+    torch.manual_seed(3)
+    gm.compress(model, "C4")
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_equivariance_tells_the_distances_and_both_ranks():
+    result = gm.compress(zoo.mlp(), "C4", rank=1)
+    row = gm.equivariance(result)[0]
+    assert row["displacement_rank"] == 1
+    assert 0 < row["distance"] == pytest.approx(row["distance_compressed"], rel=1e-4)
+    assert row["distance_before"] > row["distance"]
+    exact = gm.equivariance(gm.compress(zoo.mlp(), "C4", rank=0).model)[0]
+    assert (exact["displacement_rank"], exact["generator_displacement_rank"]) == (0, 0)
+    low = gm.equivariance(gm.compress(zoo.mlp(), "C4", rank=1, residual="lowrank").model)[0]
+    assert low["generator_displacement_rank"] <= 2
+    with pytest.raises(gm.GMError, match="no structured layer"):
+        gm.equivariance(zoo.mlp())
+
+
+def test_results_and_reports_print_themselves():
+    result = gm.compress(zoo.Convolutions().eval(), "C4", inputs=torch.randn(1, 3, 9, 9))
+    line = str(result)
+    assert "\n" not in line
+    assert f"{result.report.after.parameters:,}" in line
+    text = str(result.report)
+    for name, reason in result.plan.skipped.items():
+        assert name in text
+        assert reason.split()[0] in text
+    assert gm.Report.from_json(result.report.to_json()).to_json() == result.report.to_json()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": 1}'])
+def test_damaged_reports_are_refused(text):
+    with pytest.raises(gm.GMError, match="report"):
+        gm.Report.from_json(text)
+
+
+def test_reports_are_saved_by_suffix(tmp_path):
+    report = gm.compress(zoo.mlp(), "C4").report
+    for suffix in ("html", "json", "txt"):
+        report.save(tmp_path / f"report.{suffix}")
+        assert (tmp_path / f"report.{suffix}").read_text().strip()
+    with pytest.raises(gm.GMError, match=r"not as 'report\.pdf'"):
+        report.save(tmp_path / "report.pdf")
+    with pytest.raises(gm.GMError, match="cannot write"):
+        report.save(tmp_path / "nowhere" / "report.json")
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,191 @@
+"""Planning: the largest quotient that fits, rules in their order, a reason for everything left dense."""
+
+import itertools
+import json
+
+import pytest
+import timm
+import torch
+import zoo
+from torch import nn
+
+import gmcompress as gm
+from gmcompress.planning import matches
+from gmcompress.surgery import trace
+
+
+def net(*widths):
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)), nn.Linear(widths[-1], 3))
+
+
+@pytest.mark.parametrize(
+    ("bound", "columns", "rows", "expected"),
+    [
+        ("C32xC32", 1024, 1024, "C32xC32"),
+        ("C32xC32", 256, 512, "C16xC16"),
+        ("C32xC32", 64, 64, "C8xC8"),
+        ("C32xC32", 768, 192, "C8xC8"),
+        ("C2^3", 4, 12, "C2xC2"),
+        ("D4", 16, 8, "D4"),
+        ("S4", 12, 12, "D3"),
+        ("C7:C3[2]", 9, 6, "C3"),
+    ],
+)
+def test_the_group_acts_through_its_largest_fitting_quotient(bound, columns, rows, expected):
+    assert gm.plan(net(columns, rows), bound, rank=0).layers["0"] == expected
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_the_zoo_is_planned_and_nothing_is_silent(name):
+    exhibit = zoo.MODELS[name]
+    model = exhibit.build()
+    for inputs in (None, exhibit.inputs()):
+        made = gm.plan(model, "C4", inputs=inputs)
+        assert set(made.layers) == set(exhibit.compressed)
+        assert {*made.layers, *made.skipped} == {site.name for site in made.sites}
+        assert all(made.skipped.values())
+
+
+def test_reasons():
+    reasons = gm.plan(zoo.Convolutions(), "C4").skipped
+    assert "the stem" in reasons["stem"]
+    assert "the classifier" in reasons["head"]
+    assert "1 rows and 1 columns in each convolution group" in reasons["depthwise"]
+    assert "7 rows and 16 columns admit no quotient of C4" in reasons["odd"]
+    assert "no structured layer for Embedding" in gm.plan(zoo.Tied(), "C4").skipped["embedding"]
+    refused = gm.plan(net(8, 16, 16), "C4", rank=2).skipped["0"]
+    assert refused == "C4+displacement:2 would store 128 numbers, the dense layer 128"
+
+
+def test_stem_and_classifier_only_by_name():
+    model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16, 8))
+    assert list(gm.plan(model, "C4").layers) == ["1"]
+    assert list(gm.plan(model, "C4", include=["0", "3"]).layers) == ["0", "1", "3"]
+    assert list(gm.plan(model, "C4", include=nn.Linear).layers) == ["1", "3"]
+    assert list(gm.plan(model, "C4", overrides={"0": "C8"}).layers) == ["0", "1"]
+
+
+def test_rules_in_their_order():
+    model = net(16, 16, 16, 16)
+    made = gm.plan(
+        model,
+        "C8",
+        exclude="0",
+        overrides={"re:[01]": "C4", "[12]": "C2+displacement:0", nn.Linear: None},
+        rank=2,
+    )
+    assert made.layers == {"1": "C4+displacement:2", "2": "C2"}
+    assert "excluded by '0'" in made.skipped["0"]
+    assert made.skipped["3"] == "left dense by the override Linear"
+
+
+def test_an_override_may_be_a_whole_structure():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 3))
+    made = gm.plan(model, "C4", overrides={"1": "C4[G,G,grid3x3]+displacement:1", "0": "C4+lowrank:2"})
+    assert made.layers == {"0": "C4+lowrank:2", "1": "C4[G,G,grid3x3]+displacement:1"}
+    wrong = gm.plan(model, "C4", overrides={"1": "C4[G,G,grid5x5]", "0": "C4"})
+    assert "acts on 25 taps" in wrong.skipped["1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group": "C4xY2"}, r"position 3: unknown group family 'Y'"),
+        ({"group": "C1"}, "trivial group"),
+        ({"rank": -1}, "rank must be an integer of at least 0, not -1"),
+        ({"rank": 1.5}, "not 1.5"),
+        ({"residual": "sparse"}, 'must be "displacement" or "lowrank", not \'sparse\''),
+        ({"include": ["hed"]}, "the rule 'hed' matches no layer; the nearest are 'head"),
+        ({"exclude": "re:(("}, "no regular expression"),
+        ({"overrides": {"layer9.*": None}}, "matches no layer"),
+        ({"overrides": {nn.LSTM: None}}, "'LSTM' matches no layer"),
+        ({"exclude": [3]}, "a rule is a glob"),
+        ({"group": "C5"}, "no layer can be compressed with C5: body: .*"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    arguments = {"group": "C4", **options}
+    with pytest.raises(gm.GMError, match=message):
+        gm.plan(zoo.Unreachable(), **arguments)
+
+
+def test_a_model_without_weights():
+    with pytest.raises(gm.GMError, match="it holds no weight matrix"):
+        gm.plan(nn.ReLU(), "C4")
+
+
+def test_counts_are_those_of_the_compressed_model():
+    for name in ("mlp", "convolutions", "timm convnet", "tied"):
+        model = zoo.MODELS[name].build()
+        result = gm.compress(model, "C4")
+        assert result.plan.parameters == sum(each.numel() for each in result.model.parameters())
+        assert result.plan.model_parameters == sum(each.numel() for each in model.parameters())
+
+
+def test_json_round_trip_and_edit():
+    made = gm.plan(timm.create_model("test_resnet"), "C8xC8")
+    assert gm.Plan.from_json(made.to_json()) == made
+    name = next(iter(made.layers))
+    edited = made.edit({name: "C2"})
+    assert edited.layers[name] == "C2"
+    assert made.layers[name] != "C2"
+    assert "edit" in made.edit({name: None}).skipped[name]
+    with pytest.raises(gm.GMError, match=r"no layer 'layer1\.0\.conv9'; the nearest are 'layer1\.0\.conv"):
+        made.edit({"layer1.0.conv9": None})
+    with pytest.raises(gm.GMError, match="needs rows divisible by 5"):
+        made.edit({name: "C5"})
+
+
+def damaged(change):
+    found = json.loads(gm.plan(zoo.mlp(), "C4").to_json())
+    change(found)
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        damaged(lambda plan: plan.pop("layers")),
+        damaged(lambda plan: plan.update(layers={"0": 3})),
+        damaged(lambda plan: plan.update(layers={"nowhere": "C4"})),
+        damaged(lambda plan: plan["layers"].update({"0": "C5"})),
+        damaged(lambda plan: plan["sites"][0].update(shape=[0, 4])),
+        damaged(lambda plan: plan["sites"][0].update(shape="8")),
+        damaged(lambda plan: plan["sites"][0].update(conv_groups=0)),
+        damaged(lambda plan: plan["sites"][0].pop("role")),
+        damaged(lambda plan: plan.update(model_parameters=True)),
+    ],
+    ids=range(13),
+)
+def test_damaged_plans_are_refused(text):
+    with pytest.raises(gm.GMError, match=r"plan|needs rows"):
+        gm.Plan.from_json(text)
+
+
+def test_matching_is_exact_about_types_and_whole_names():
+    site = trace(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))[0]
+    assert matches("0", site)
+    assert not matches("re:", site)
+    assert matches(nn.Linear, site)
+    assert not matches(nn.Module, site)
+
+
+def test_a_plan_prints_as_a_table():
+    text = str(gm.plan(zoo.Convolutions(), "C4"))
+    assert "C4+displacement:1" in text
+    assert "16×8×3×3" in text
+    assert "left dense unless include names it" in " ".join(text.split())
+    assert f"2 of 6 layers compressed: {sum(p.numel() for p in zoo.Convolutions().parameters()):,}" in text
+
+
+def test_the_dry_run_touches_no_weight():
+    model = zoo.mlp()
+    model[0].weight.data.fill_(float("nan"))
+    assert gm.plan(model, "C4").layers  # a NaN would stop a projection
+    with pytest.raises(gm.GMError, match=r"layer '0'.*NaN"):
+        gm.compress(model, "C4")
+    assert torch.isnan(model[0].weight).all()

@@ -1,0 +1,141 @@
+"""Surgery: sites and roles are found, what cannot be replaced says why, replacing reaches every name."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import gmcompress as gm
+from gmcompress.surgery import call, run, shell, trace
+
+
+def by_name(model, inputs=None):
+    return {site.name: site for site in trace(model, inputs)}
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_tracing_leaves_the_model_alone(name):
+    exhibit = zoo.MODELS[name]
+    model = exhibit.build().train()
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    for inputs in (None, exhibit.inputs()):
+        assert set(exhibit.compressed) <= set(by_name(model, inputs))
+    assert model.training
+    assert all(old is new for old, new in zip(modules, model.modules(), strict=True))
+    assert all(torch.equal(each, before[key]) for key, each in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_roles_and_calls():
+    sites = by_name(zoo.Convolutions(), torch.randn(1, 3, 9, 9))
+    assert {name: site.role for name, site in sites.items() if site.role} == {"stem": "stem", "head": "classifier"}
+    assert by_name(zoo.CalledTwice(), torch.randn(1, 8))["body"].calls == 2
+    assert by_name(zoo.CalledTwice())["body"].calls == 2  # torch.fx sees the same
+    assert by_name(zoo.ControlFlow())["left"].calls is None  # torch.fx cannot
+    assert by_name(zoo.Unreachable())["aux"].calls == 0
+    assert by_name(nn.Linear(4, 4))[""].role == ""
+
+
+def test_order_is_that_of_the_run_not_of_the_definition():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(8, 3)
+            self.first = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x).mean((2, 3)))
+
+    for inputs in (None, torch.randn(1, 3, 4, 4)):
+        assert [(site.name, site.role) for site in trace(Backwards(), inputs)] == [
+            ("first", "stem"),
+            ("last", "classifier"),
+        ]
+
+
+def test_obstacles_are_named():
+    assert "shared with embedding.weight" in by_name(zoo.Tied())["head"].obstacle
+    assert "parametrized" in by_name(parametrizations.weight_norm(nn.Linear(4, 4)))[""].obstacle
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    assert "hooks" in by_name(hooked)[""].obstacle
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: x
+    assert "forward has been replaced" in by_name(patched)[""].obstacle
+    assert by_name(nn.Linear(4, 4))[""].obstacle == ""
+
+
+def test_aliases_are_listed():
+    assert by_name(zoo.TwoNames())["first"].aliases == ("second",)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "DataParallel", "ModelEmaV3"])
+def test_wrapped_models_are_refused(kind):
+    wrapped = type(kind, (Wrapper,), {})(zoo.mlp())
+    with pytest.raises(gm.GMError, match=rf"wrapped in {kind}; unwrap it first: pass model.module"):
+        trace(wrapped)
+
+
+def test_compiled_scripted_meta_and_foreign_models_are_refused():
+    with pytest.raises(gm.GMError, match=r"OptimizedModule.*_orig_mod"):
+        trace(torch.compile(zoo.mlp()))
+    with pytest.raises(gm.GMError, match="meta device"):
+        trace(zoo.mlp().to("meta"))
+    with pytest.raises(gm.GMError, match="not dict"):
+        trace({})
+
+
+def test_inputs_that_do_not_fit_are_named():
+    with pytest.raises(gm.GMError, match=r"does not run on inputs of shape \(2, 5\)"):
+        trace(zoo.mlp(), torch.zeros(2, 5))
+
+
+def test_replace_reaches_every_name_and_unregistered_lists():
+    two = zoo.TwoNames()
+    changed = gm.replace(two, {"first": nn.Identity()})
+    assert changed.first is changed.second
+    assert isinstance(changed.first, nn.Identity)
+    assert isinstance(two.first, nn.Linear)
+    twice = gm.replace(zoo.CalledTwice(), {"body": nn.Identity()})
+    assert twice.steps[0] is twice.body
+
+
+def test_replace_in_place_and_at_the_root():
+    two = zoo.TwoNames()
+    assert gm.replace(two, {"first": nn.Identity()}, inplace=True) is two
+    assert isinstance(two.second, nn.Identity)
+    new = nn.Identity()
+    root = nn.Linear(2, 2)
+    assert gm.replace(root, {"": new}) is new
+    with pytest.raises(gm.GMError, match="inplace=True cannot"):
+        gm.replace(root, {"": new}, inplace=True)
+
+
+def test_replace_names_the_nearest():
+    with pytest.raises(gm.GMError, match="no module 'frist'; the nearest are 'first'"):
+        gm.replace(zoo.TwoNames(), {"frist": nn.Identity()})
+
+
+def test_a_shell_shares_parameters_but_not_modules():
+    model = zoo.mlp().train()
+    copied = shell(model)
+    assert copied[0].weight is model[0].weight
+    assert copied[0] is not model[0]
+    assert model.training
+    assert not copied.training
+
+
+def test_run_passes_tensors_sequences_and_mappings():
+    exhibit = zoo.MODELS["control flow"]
+    assert run(exhibit.build(), exhibit.inputs())["logits"].shape == (4, 3)
+    pair = [torch.ones(3, 2), torch.ones(3, 2)]
+    assert call(nn.Bilinear(2, 2, 1), pair).shape == (3, 1)
