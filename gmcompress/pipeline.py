@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from dataclasses import replace as changed
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from . import metrics
-from .errors import GMError
+from .errors import GMError, nearest_names
 from .groups import Group
 from .layers import GMLayer, counterpart
 from .metrics import measure_together
@@ -186,9 +187,13 @@ def tune(
     student = model.model if isinstance(model, Result) else model
     if teacher is None and isinstance(model, Result):
         teacher = model.teacher
-    names = set(Recipe.__dataclass_fields__)
-    recipe = Recipe(epochs=epochs, lr=lr, **{key: value for key, value in options.items() if key in names})
-    rest = {key: value for key, value in options.items() if key not in names}
+    ours, run_options = {each.name for each in fields(Recipe)}, {"evaluate", "folder", "resume", "progress"}
+    unknown = sorted(set(options) - ours - run_options)
+    if unknown:
+        near = nearest_names(unknown[0], ours | run_options)
+        raise GMError(f"tune has no option {unknown[0]!r}; the nearest are {near}")
+    recipe = Recipe(epochs=epochs, lr=lr, **{key: value for key, value in options.items() if key in ours})
+    rest = {key: value for key, value in options.items() if key in run_options}
     tuned, history = fine_tune(student, loader, recipe, teacher=teacher, **rest)
     return tuned_result(model, tuned, history) if isinstance(model, Result) else tuned
 

@@ -256,7 +256,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
             raise GMError(f"{place / WEIGHTS} was saved from another model: {name!r} has shape {shapes}")
     with torch.no_grad():
         for name, target in own.items():
-            target.data = tensors[aliases.get(name, name)].to(target.device)
+            # a fresh copy is aligned in memory, without which some CPU kernels round in another order
+            target.data = tensors[aliases.get(name, name)].to(target.device, copy=True)
 
 
 def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str], place: Path) -> None:

@@ -1,0 +1,84 @@
+"""Metrics: counts by formula agree with torch's own counter, timing is interleaved, the model is left alone."""
+
+import pytest
+import timm
+import torch
+import zoo
+from torch import nn
+
+import gmcompress as gm
+from gmcompress.metrics import latencies, measure_together
+from gmcompress.surgery import run
+
+
+@pytest.mark.parametrize("name", ["mlp", "root", "called twice", "convolutions", "timm convnet"])
+def test_multiply_adds_by_formula_and_by_counter_agree(name):
+    exhibit = zoo.MODELS[name]
+    model, inputs = exhibit.build().eval(), exhibit.inputs()
+    for residual in ("displacement", "lowrank"):
+        small = gm.compress(model, "C4", rank=1, residual=residual).model
+        for each in (model, small, gm.densify(small)):
+            found = gm.measure(each, inputs, repeats=2)
+            assert found.macs == found.counted_macs > 0
+
+
+def test_what_no_layer_owns_is_only_in_the_counter():
+    exhibit = zoo.MODELS["timm transformer"]
+    found = gm.measure(exhibit.build(), exhibit.inputs(), repeats=2)
+    assert found.counted_macs > found.macs > 0
+
+
+def test_a_known_network_has_its_known_cost():
+    found = gm.measure(timm.create_model("resnet50"), torch.zeros(1, 3, 224, 224), repeats=2)
+    assert found.parameters == 25_557_032
+    assert found.macs == 4_089_184_256  # 4.09 G, as published for ResNet-50 at 224 px
+    assert found.bytes == 4 * (25_557_032 + 53_120) + 8 * 53  # BatchNorm statistics, and a counter for each
+
+
+def test_transposed_convolutions_count():
+    model = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
+    found = gm.measure(model, torch.zeros(2, 4, 5, 5), repeats=2)
+    assert found.macs == found.counted_macs == 2 * 4 * 25 * 3 * 9
+
+
+def test_without_inputs_only_what_needs_none():
+    found = gm.measure(zoo.mlp())
+    assert (found.macs, found.latency_ms, found.inputs) == (None, None, None)
+    assert found.parameters == sum(each.numel() for each in zoo.mlp().parameters())
+
+
+def test_tied_parameters_count_once():
+    model = zoo.Tied()
+    found = gm.measure(model)
+    assert found.parameters == sum(each.numel() for each in model.parameters())
+    assert found.bytes == 4 * found.parameters
+
+
+def test_the_model_is_left_alone_and_bad_inputs_are_named():
+    model = zoo.Convolutions().train()
+    before = {key: each.clone() for key, each in model.state_dict().items()}
+    gm.measure(model, torch.randn(2, 3, 9, 9), repeats=2)
+    assert model.training
+    assert all(torch.equal(each, before[key]) for key, each in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(gm.GMError, match="does not run on inputs"):
+        gm.measure(model, torch.randn(2, 5))
+    with pytest.raises(gm.GMError, match="wrapped"):
+        gm.measure(nn.DataParallel(model))
+
+
+def test_timed_runs_take_turns():
+    order = []
+    times = latencies([lambda: order.append("a"), lambda: order.append("b")], repeats=3)
+    assert order == list("ab" * 4)
+    assert all(median >= 0 and spread >= 0 for median, spread in times)
+
+
+def test_a_larger_model_takes_longer():
+    """The control of the clock."""
+    small, large = nn.Linear(8, 8), nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+    inputs = torch.zeros(256, 512)
+    fast, slow = measure_together([nn.Linear(512, 8), large], inputs)
+    assert slow.latency_ms > fast.latency_ms
+    assert run(small, torch.zeros(1, 8)).shape == (1, 8)
+    assert "latency ms" in str(fast)

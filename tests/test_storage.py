@@ -1,0 +1,208 @@
+"""Folders: saved and loaded bit for bit, checked against truncation, edits and foreign content, never half-written."""
+
+import json
+import warnings
+
+import pytest
+import timm
+import torch
+import zoo
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import gmcompress as gm
+from gmcompress.files import json_digest, new_folder, read_json, read_tensors, write_json, write_text
+from gmcompress.surgery import run
+
+
+def assert_bit_identical(found, expected):
+    for new, old in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(new, old)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model, and the dense model it came from."""
+    model = zoo.mlp()
+    gm.save(gm.compress(model, "C4", inputs=torch.randn(2, 8)), tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_the_zoo_survives_the_disk(name, tmp_path):
+    exhibit = zoo.MODELS[name]
+    model, inputs = exhibit.build().eval(), exhibit.inputs()
+    result = gm.compress(model, "C4", inputs=inputs)
+    gm.save(result, tmp_path / "small")
+    loaded = gm.load(tmp_path / "small", exhibit.build())
+    assert_bit_identical(run(loaded, inputs), run(result.model.eval(), inputs))
+    assert [each.requires_grad for each in loaded.parameters()] == [
+        each.requires_grad for each in result.model.parameters()
+    ]
+    assert (tmp_path / "small" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_folder_with_a_source_builds_its_own_model(name, tmp_path):
+    model = timm.create_model(name, num_classes=5).eval()
+    result = gm.compress(model, "C8xC8")
+    gm.save(result.model, tmp_path, source=f"timm:{name}", source_options={"num_classes": 5})
+    images = torch.randn(2, *model.pretrained_cfg["input_size"])
+    assert_bit_identical(run(gm.load(tmp_path), images), run(result.model.eval(), images))
+
+
+def test_ties_and_dtypes_are_kept(tmp_path):
+    model = zoo.Tied().bfloat16()
+    result = gm.compress(model, "C4", inputs=torch.arange(6).view(2, 3))
+    gm.save(result, tmp_path / "small")
+    loaded = gm.load(tmp_path / "small", zoo.Tied())
+    assert loaded.head.weight is loaded.embedding.weight
+    assert loaded.body.kernel.dtype == torch.bfloat16
+    stored = read_tensors(tmp_path / "small" / "model.safetensors")
+    assert ("head.weight" in stored) != ("embedding.weight" in stored)
+
+
+def test_loading_leaves_the_given_model_alone(folder):
+    model = zoo.mlp().train()
+    before = {key: each.clone() for key, each in model.state_dict().items()}
+    loaded = gm.load(folder, model)
+    assert isinstance(model[0], nn.Linear)
+    assert model.training
+    assert not loaded.training
+    assert all(torch.equal(each, before[key]) for key, each in model.state_dict().items())
+
+
+def test_saving_without_inputs_warns(tmp_path):
+    model = zoo.mlp()
+    with pytest.warns(UserWarning, match="pass inputs="):
+        gm.save(gm.compress(model, "C4"), tmp_path / "small")
+    assert gm.load(tmp_path / "small", model)(torch.zeros(1, 8)).shape == (1, 3)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def rewrite(**changes):
+    """Change the description as somebody would who also knows to repair its digest."""
+
+    def change(folder):
+        found = read_json(folder / "gmcompress.json")
+        found.update(changes)
+        found.pop("digest")
+        write_json(folder / "gmcompress.json", found | {"digest": json_digest(found)})
+
+    return change
+
+
+def edit_json(folder):
+    path = folder / "gmcompress.json"
+    path.write_text(path.read_text().replace("C4+displacement:1", "C2+displacement:1"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"model\.safetensors was changed, truncated or replaced"),
+        (flip, r"model\.safetensors was changed, truncated or replaced"),
+        (edit_json, r"gmcompress\.json was changed after it was written"),
+        (lambda folder: (folder / "gmcompress.json").write_text("{"), r"gmcompress\.json is not readable as JSON"),
+        (lambda folder: (folder / "gmcompress.json").write_text("[]"), r"must hold a JSON object, not a list"),
+        (lambda folder: (folder / "gmcompress.json").write_bytes(b"\xff\xfe"), "not readable as JSON"),
+        (lambda folder: (folder / "gmcompress.json").unlink(), r"is no folder of a compressed model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors does not exist"),
+        (lambda folder: (folder / "check.safetensors").unlink(), r"check\.safetensors does not exist"),
+        (rewrite(format=99), "has format 99; this version reads format 1"),
+        (rewrite(surprise=1), "lacks or adds fields: surprise"),
+        (rewrite(layers={"0": "C2"}), "saved from another model"),
+        (rewrite(layers={"7": "C4"}), "saved from another model: the model has no module '7'"),
+        (rewrite(layers={"0": "os.system"}), "saved from another model: "),
+        (rewrite(layers=[]), "'layers' must be of type dict"),
+        (rewrite(dtypes={}), "is missing or of another dtype"),
+        (rewrite(check=["input.9"]), "lacks inputs"),
+        (rewrite(plan={"group": "C4"}), "a plan is an object with the fields"),
+    ],
+)
+def test_damaged_folders_are_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(gm.GMError, match=message):
+        gm.load(folder, zoo.mlp())
+
+
+@pytest.mark.parametrize("source", ["os.system", {"name": "timm:resnet9000", "options": {}}, {"name": 3}, 7])
+def test_foreign_sources_are_refused(folder, source):
+    rewrite(source=source)(folder)
+    with pytest.raises(gm.GMError, match=r"does not know|not understood"):
+        gm.load(folder)
+
+
+def test_a_folder_without_a_source_needs_the_model(folder):
+    with pytest.raises(gm.GMError, match="pass it: load"):
+        gm.load(folder)
+    with pytest.raises(gm.GMError, match='a source is "timm:"'):
+        gm.save(zoo.mlp(), folder, inputs=torch.zeros(1, 8), source="module:function")
+
+
+def test_another_model_is_refused(folder):
+    with pytest.raises(gm.GMError, match="another model"):
+        gm.load(folder, zoo.TwoNames())
+
+    class Other(nn.Sequential):  # the same tensors in another function: only the stored pair sees it
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    other = Other(*zoo.mlp())
+    with pytest.raises(gm.GMError, match="on the stored inputs the loaded model's outputs differ"):
+        gm.load(folder, other)
+    assert gm.load(folder, nn.Sequential(*zoo.mlp())) is not None
+
+
+def test_saving_replaces_a_folder_whole_or_not_at_all(folder):
+    before = sorted(path.name for path in folder.parent.iterdir())
+    with pytest.raises(gm.GMError, match="does not run on inputs"):
+        gm.save(zoo.mlp(), folder, inputs=torch.zeros(1, 3))
+    with pytest.raises(ZeroDivisionError), new_folder(folder) as beside:
+        (beside / "model.safetensors").write_bytes(bytes(1 // 0))
+    assert sorted(path.name for path in folder.parent.iterdir()) == before
+    assert gm.load(folder, zoo.mlp()) is not None
+    gm.save(gm.compress(zoo.mlp(), "C2", rank=0, inputs=torch.zeros(1, 8)), folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "check.safetensors",
+        "gmcompress.json",
+        "model.safetensors",
+    ]
+    assert json.loads((folder / "gmcompress.json").read_text())["layers"]["0"].startswith("C2")
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(gm.GMError, match="is a file; a folder is needed"):
+        gm.save(zoo.mlp(), tmp_path / "file", inputs=torch.zeros(1, 8))
+    with pytest.raises(gm.GMError, match="cannot"):
+        gm.save(zoo.mlp(), tmp_path / "file" / "below", inputs=torch.zeros(1, 8))
+    with pytest.raises(gm.GMError, match="cannot write"):
+        write_text(tmp_path / "nowhere" / "x.json", "{}")
+
+
+def test_no_pickle_and_no_dense_weight_on_disk(folder):
+    with warnings.catch_warnings():
+        for path in folder.iterdir():
+            assert path.suffix in (".json", ".safetensors")
+    assert not any(name in ("0.weight", "2.weight") for name in read_tensors(folder / "model.safetensors"))
+
+
+def test_inputs_by_name_and_by_position_are_stored(tmp_path):
+    exhibit = zoo.MODELS["control flow"]
+    gm.save(gm.compress(exhibit.build(), "C4"), tmp_path / "named", inputs=exhibit.inputs())
+    assert gm.load(tmp_path / "named", exhibit.build()) is not None
+    with pytest.raises(gm.GMError, match="must be tensors, but input:scale is float"):
+        gm.save(exhibit.build(), tmp_path / "other", inputs={"x": torch.ones(1, 8), "scale": 2.0})
+    assert not (tmp_path / "other").exists()
