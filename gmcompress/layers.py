@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import GMError
 from .groups import Group
-from .structure import Structure, expand, index_tensor
+from .structure import Structure, expand
 
 
 class GMLayer(nn.Module, ABC):
@@ -46,8 +46,6 @@ class GMLayer(nn.Module, ABC):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
-        self.labels: Tensor
-        self.register_buffer("labels", index_tensor(structure.labels).to(device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,7 +67,7 @@ class GMLayer(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """The dense weight, computed at every read."""
-        return expand(self.parts(), self.structure, self.weight_shape, labels=self.labels)
+        return expand(self.parts(), self.structure, self.weight_shape)
 
     @torch.no_grad()
     def assign(self, tensors: Mapping[str, Tensor], *, bias: Tensor | None = None) -> None:

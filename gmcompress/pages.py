@@ -1,11 +1,446 @@
-"""The HTML page of a report: one self-contained file, figures inside it."""
+"""The HTML page of a report: one self-contained file, figures inside it, from plain data alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import io
+import json
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from .tables import percent
+
+if TYPE_CHECKING:  # imported where it draws: it takes as long to import as half of torch
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+NOT_MEASURED = "not measured"
+WIDTH, LEGEND, AXIS = 520.0, 30.0, 44.0  # of a figure, the strip above its axes and the one below; in SVG units
+ROWS_HEIGHT, ROW = 640.0, 20.0  # of all rows of a figure together, and of one row, at most
+LETTER = 6.1  # width of a letter of a layer's name in a figure
+NAME = 32  # letters of a layer's name that a figure shows
+MARKERS = {"o": 1.1, "s": 0.95, "D": 0.75}  # and their sizes, so that one shows behind another
+COLOURS = {  # of page and figures: by day, by night
+    "page": ("#f6f7f9", "#101216"),
+    "card": ("#ffffff", "#181b21"),
+    "ink": ("#1b1f27", "#e7e9ee"),
+    "quiet": ("#5d6675", "#9aa3b2"),
+    "line": ("#dfe3e9", "#2d323c"),
+    "dense": ("#bcc4d0", "#4d5666"),
+    "ours": ("#1f66e5", "#6ea8ff"),
+    "other": ("#d9730d", "#f2a14f"),
+    "worse": ("#b45309", "#f0b057"),
+}
+LABELS = {  # fields of Metrics whose names do not speak for themselves
+    "macs": "multiply-adds, by formula over the layers",
+    "counted_macs": "multiply-adds, as torch counts them",
+    "latency_ms": "latency in ms, median",
+    "latency_spread_ms": "latency in ms, distance between quartiles",
+    "inputs": "example inputs",
+}
+COLUMNS = {  # numbers of one layer, and what is written above them
+    "dense": "dense numbers",
+    "stored": "stored numbers",
+    "kept": "kept",
+    "relative_error": "relative error",
+    "svd_error": "plain SVD error",
+    "distance_before": "distance before",
+    "distance_compressed": "distance compressed",
+    "distance_tuned": "distance fine-tuned",
+    "displacement_rank": "displacement rank",
+    "generator_displacement_rank": "generator displacement rank",
+}
+
+
+class Tile(NamedTuple):
+    """One big number, what it is, a line below it, and whether it is worse than in the dense model."""
+
+    label: str
+    value: str
+    note: str = ""
+    worse: bool = False
+
+
+class Drawing(NamedTuple):
+    """A figure of the page with the words around it."""
+
+    title: str
+    svg: Markup
+    words: Sequence[str]
 
 
 def render_html(report: Mapping[str, Any]) -> str:
-    """The page for the data of a report."""
-    raise NotImplementedError
+    """The page for the data of a Report: its fields as plain data, with its "summary" and "savings".
+
+    The page needs no other file, no network and no script; the same data give the same page, letter by letter.
+    """
+    layers = report["layers"]
+    columns = _layer_columns(layers)
+    environment = Environment(
+        loader=PackageLoader("gmcompress"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"shown": shown, "layer_name": layer_name}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        colours=COLOURS,
+        tiles=_tiles(report),
+        figures=_figures(layers, report["history"]),
+        metrics=_metric_rows(report["before"], report["after"]),
+        columns=columns,
+        cells=[_layer_cells(number, row, columns) for number, row in enumerate(layers, 1)],
+        skipped=_skipped_rows(report["plan"]),
+        settings={key: _setting(value) for key, value in report["settings"].items()},
+    )
+
+
+def shown(value: Any) -> str:
+    """A field as the page prints it.
+
+    >>> shown(1234567), shown(0.12345), shown(0.00001), shown(None), shown("cpu")
+    ('1,234,567', '0.123', '1.0e-05', 'not measured', 'cpu')
+    """
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:,.3f}"
+
+
+def layer_name(name: str) -> str:
+    """The name of a layer, made visible.
+
+    >>> layer_name(""), layer_name("fc"), layer_name(chr(10))
+    ('(root)', 'fc', '\\\\n')
+    """
+    if not name:
+        return "(root)"
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
+
+
+def _short(name: str) -> str:
+    """A long name without its middle."""
+    name, tail = layer_name(name), NAME // 3
+    return name if len(name) <= NAME else f"{name[: NAME - tail - 1]}…{name[-tail:]}"
+
+
+def _setting(value: Any) -> str:
+    """A setting as a configuration file would have it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _number(value: Any) -> float:
+    """A number to draw; nan, which leaves a gap, for anything else."""
+    drawable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if drawable else math.nan
+
+
+def _numbers(rows: Iterable[Row], key: str) -> list[float]:
+    return [_number(row.get(key)) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The big numbers and the tables.
+
+
+def _tiles(report: Mapping[str, Any]) -> list[Tile]:
+    before, after = report["before"], report["after"]
+    whats = (("parameters", "parameters kept"), ("bytes", "bytes kept"), ("macs", "multiply-adds vs dense"))
+    tiles = [_share_tile(label, before[what], after[what]) for what, label in whats]
+    return [*tiles, _latency_tile(before, after), _accuracy_tile(report["accuracy"])]
+
+
+def _share_tile(label: str, old: int | None, new: int | None) -> Tile:
+    if old is None or new is None:
+        return Tile(label, NOT_MEASURED)
+    words = "more than the dense model: " if new > old else ""
+    return Tile(label, percent(new, old), f"{words}{old:,} → {new:,}", worse=new > old)
+
+
+def _latency_tile(before: Row, after: Row) -> Tile:
+    """The ratio of the latencies; one within the spread of the runs is called no clear difference."""
+    old, new = before["latency_ms"], after["latency_ms"]
+    if not old or new is None:
+        return Tile("latency vs dense", NOT_MEASURED)
+    noise = max(before["latency_spread_ms"] or 0.0, after["latency_spread_ms"] or 0.0)
+    if abs(new - old) <= noise:
+        words = "no clear difference from the dense model"
+    else:
+        words = "slower than the dense model" if new > old else "faster than the dense model"
+    return Tile("latency vs dense", f"×{new / old:.2f}", f"{words}: {old:.2f} → {new:.2f} ms", worse=new - old > noise)
+
+
+def _accuracy_tile(accuracy: Mapping[str, float]) -> Tile:
+    dense, compressed, tuned = (accuracy.get(key) for key in ("dense", "compressed", "tuned"))
+    last, what = (compressed, "compressed") if tuned is None else (tuned, "fine-tuned")
+    if dense is None and last is None:
+        return Tile("accuracy in %", NOT_MEASURED)
+    if dense is None or last is None:
+        only, value = ("dense", dense) if last is None else (what, last)
+        return Tile("accuracy in %", f"{value:.2f}", f"{only} only")
+    note = f"dense → {what}: {last - dense:+.2f} points"
+    if tuned is not None and compressed is not None:
+        note += f"; {compressed:.2f} before fine-tuning"
+    return Tile("accuracy in %", f"{dense:.2f} → {last:.2f}", note, worse=last < dense)
+
+
+def _metric_rows(before: Row, after: Row) -> list[tuple[str, str, str]]:
+    return [(LABELS.get(name, name.replace("_", " ")), shown(before[name]), shown(after[name])) for name in before]
+
+
+def _layer_columns(layers: Sequence[Row]) -> dict[str, str]:
+    """The headings of the numeric columns of the table of layers; one that no layer has is left out."""
+    return {
+        key: heading
+        for key, heading in COLUMNS.items()
+        if key == "kept" or any(row.get(key) is not None for row in layers)
+    }
+
+
+def _layer_cells(number: int, row: Row, columns: Iterable[str]) -> dict[str, Any]:
+    cells = {key: shown(row.get(key)) for key in columns}
+    cells["kept"] = percent(row["stored"], row["dense"])
+    if "displacement_rank" in columns and row.get("displacement_rank", 0) is None:
+        cells["displacement_rank"] = "not defined"  # the rows of this layer are not the group itself
+    ours, control = _number(row.get("relative_error")), _number(row.get("svd_error"))
+    nearer = "relative_error" if ours < control else "svd_error" if control < ours else ""
+    return {"number": number, "layer": row["layer"], "structure": row["structure"], "cells": cells, "nearer": nearer}
+
+
+def _skipped_rows(plan: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(layer, shape, numbers, reason) of every layer left dense."""
+    shapes = {site["name"]: site["shape"] for site in plan["sites"]}
+    rows = []
+    for name, reason in plan["skipped"].items():
+        shape = shapes.get(name)
+        size = ("–", "–") if shape is None else ("×".join(map(str, shape)), f"{math.prod(shape):,}")
+        rows.append((name, *size, reason))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures. They are drawn in the colours of the day, each of which the page then exchanges for its CSS variable.
+
+
+def _figures(layers: Sequence[Row], history: Sequence[Row]) -> list[Drawing]:
+    with _matplotlib():
+        drawings = [_sizes(layers), _errors(layers), _distances(layers)] if layers else []
+        curves = _curves(history) if history else None
+    return [*drawings, curves] if curves else drawings
+
+
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    """matplotlib with our settings in place of the user's; text stays text, and names of parts are reproducible."""
+    import matplotlib.style
+
+    ink, quiet, line = (COLOURS[name][0] for name in ("ink", "quiet", "line"))
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "gmcompress",
+        "font.size": 11,
+        "text.color": ink,
+        "axes.edgecolor": line,
+        "axes.labelcolor": quiet,
+        "xtick.color": line,
+        "ytick.color": line,
+        "xtick.labelcolor": quiet,
+        "ytick.labelcolor": ink,
+        "grid.color": line,
+        "axes.grid.axis": "x",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
+    with matplotlib.style.context(["default", settings]), warnings.catch_warnings():
+        # The browser chooses the fonts, so a letter that matplotlib's own font lacks is no loss.
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support", UserWarning)
+        yield
+
+
+def _row_axes(layers: Sequence[Row]) -> tuple[Figure, Axes, float]:
+    """A figure with one row per layer, in the order of the model, and the height of a row; many layers share names."""
+    from matplotlib.figure import Figure
+
+    names = [_short(row["layer"]) for row in layers]
+    row = min(ROW, ROWS_HEIGHT / len(names))
+    step = math.ceil(13 / row)  # a name needs 13 units
+    height = LEGEND + row * len(names) + AXIS
+    left = 16 + LETTER * max(map(len, names))
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
+    axes = figure.add_axes((left / WIDTH, AXIS / height, (WIDTH - left - 14) / WIDTH, 1 - (AXIS + LEGEND) / height))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(0, len(names), step), names[::step], family="monospace", size=10, parse_math=False)
+    axes.tick_params(axis="y", length=0 if step == 1 else 3)
+    return figure, axes, row
+
+
+def _legend(figure: Figure) -> None:
+    lines, names = figure.axes[0].get_lines(), figure.axes[0].get_legend_handles_labels()[1]
+    scale = 6.0 / lines[0].get_markersize() if lines else 1.0
+    style = {"columnspacing": 1.4, "handletextpad": 0.5, "borderpad": 0.2, "markerscale": scale}
+    figure.legend(loc="upper left", ncols=len(names), **style)
+
+
+def _dots(axes: Axes, values: Sequence[float], label: str, marker: str, colour: str, row: float) -> None:
+    axes.plot(
+        values,
+        range(len(values)),
+        marker,
+        label=label,
+        color=COLOURS[colour][0],
+        markersize=MARKERS[marker] * max(3.2, min(7.0, 0.6 * row)),
+        markeredgewidth=0,
+    )
+
+
+def _sizes(layers: Sequence[Row]) -> Drawing:
+    from matplotlib.ticker import EngFormatter
+
+    dense, stored = ([max(each, 1.0) for each in _numbers(layers, key)] for key in ("dense", "stored"))
+    figure, axes, _ = _row_axes(layers)
+    places = range(len(layers))
+    axes.barh(places, dense, 0.72, label="dense", color=COLOURS["dense"][0])
+    axes.barh(places, stored, 0.36, label="stored now", color=COLOURS["ours"][0])
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** math.floor(math.log10(0.9 * min(*stored, *dense))), 1.15 * max(*stored, *dense))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.minorticks_off()
+    axes.set_xlabel("numbers in the weight (logarithmic)")
+    _legend(figure)
+    old, new = sum(row["dense"] for row in layers), sum(row["stored"] for row in layers)
+    words = [
+        f"Together the compressed layers held {old:,} numbers and now hold {new:,} ({percent(new, old)}).",
+        *_naming(layers),
+    ]
+    return Drawing("Size of each layer", _embed(figure, "sizes", "Numbers per layer, dense and stored"), words)
+
+
+def _naming(layers: Sequence[Row]) -> list[str]:
+    step = math.ceil(13 / min(ROW, ROWS_HEIGHT / len(layers)))
+    return [] if step == 1 else [f"One layer in {step} is named; the table below lists all, in the same order."]
+
+
+def _errors(layers: Sequence[Row]) -> Drawing:
+    ours, control = _numbers(layers, "relative_error"), _numbers(layers, "svd_error")
+    figure, axes, row = _row_axes(layers)
+    axes.hlines(range(len(layers)), ours, control, color=COLOURS["dense"][0], linewidth=min(2.0, 0.4 * row))
+    _dots(axes, control, "plain SVD", "D", "other", row)
+    _dots(axes, ours, "our structure", "o", "ours", row)
+    _span(axes, [*ours, *control])
+    axes.set_xlabel("relative error" + (" (the axis does not begin at 0)" if axes.get_xlim()[0] > 0 else ""))
+    _legend(figure)
+    return Drawing(
+        "Error of each layer, before fine-tuning",
+        _embed(figure, "errors", "Relative error per layer, of our structure and of plain SVD"),
+        [_comparison(ours, control), "Further left is better. Plain SVD is the control: it stores no more numbers."],
+    )
+
+
+def _comparison(ours: Sequence[float], control: Sequence[float]) -> str:
+    """Which one is nearer to the trained weights, in a sentence.
+
+    >>> _comparison([0.5, 0.7], [0.6, 0.6])
+    'Our structure is nearer to the trained weight on 1 of 2 layers, plain SVD of the same size on 1.'
+    """
+    pairs = [(a, b) for a, b in zip(ours, control, strict=True) if not (math.isnan(a) or math.isnan(b))]
+    wins, losses = sum(a < b for a, b in pairs), sum(b < a for a, b in pairs)
+    level = len(pairs) - wins - losses
+    words = f"Our structure is nearer to the trained weight on {wins} of {len(pairs)} layers"
+    words += f", plain SVD of the same size on {losses}" + (f"; on {level} they are level." if level else ".")
+    missing = len(ours) - len(pairs)
+    return words + (f" {missing} could not be compared." if missing else "")
+
+
+def _span(axes: Axes, values: Iterable[float]) -> None:
+    """Limits around the values, at least a tenth wide, so that no small difference is blown up; never below 0."""
+    known = [each for each in values if not math.isnan(each)] or [0.0, 1.0]
+    low, high = min(known), max(known)
+    pad = max(0.08 * (high - low), (0.1 - (high - low)) / 2)
+    axes.set_xlim(0.0 if low < 0.25 * high else low - pad, high + pad)
+
+
+def _distances(layers: Sequence[Row]) -> Drawing:
+    figure, axes, row = _row_axes(layers)
+    farthest, medians = 1.0, []
+    for key, label, marker, colour in (
+        ("distance_before", "dense", "s", "quiet"),
+        ("distance_compressed", "compressed", "o", "ours"),
+        ("distance_tuned", "fine-tuned", "D", "other"),
+    ):
+        values = _numbers(layers, key)
+        known = [each for each in values if not math.isnan(each)]
+        if known:
+            _dots(axes, values, label, marker, colour, row)
+            farthest = max(farthest, *known)
+            medians.append(f"{shown(statistics.median(known))} {label}")
+    axes.set_xlim(-0.02, 1.04 * farthest)
+    axes.set_xlabel("distance to the group matrices (0: is one)")
+    _legend(figure)
+    words = [f"Median over the layers: {', '.join(medians) or NOT_MEASURED}.", "Further left is nearer to the group."]
+    title = "Distance to the group matrices"
+    return Drawing(title, _embed(figure, "distances", f"{title}, per layer"), [*words, *_naming(layers)])
+
+
+def _curves(history: Sequence[Row]) -> Drawing | None:
+    """One panel per column of the history that holds numbers: the loss first, then what was evaluated."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(dict.fromkeys(["loss", *(key for row in history for key in row)]))
+    names = [key for key in names if key not in ("epoch", "lr", "seconds")]
+    panels = {key: values for key in names if not all(map(math.isnan, values := _numbers(history, key)))}
+    if not panels:
+        return None
+    epochs = [_number(row.get("epoch", number)) for number, row in enumerate(history)]
+    size, left = 150.0, 58.0
+    height = size * len(panels) + AXIS - 10
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
+    for place, (name, values) in enumerate(panels.items(), 1):
+        box = left, height - size * place + 14, WIDTH - left - 18, size - 40
+        axes = figure.add_axes((box[0] / WIDTH, box[1] / height, box[2] / WIDTH, box[3] / height))
+        colour = COLOURS["ours" if place == 1 else "other"][0]
+        axes.plot(epochs, values, "o-" if len(values) <= 40 else "-", color=colour, markersize=4, linewidth=1.6)
+        axes.set_title(name, loc="left", size=11, parse_math=False)
+        axes.grid(True, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.tick_params(axis="x", labelbottom=place == len(panels))
+    axes.set_xlabel("epoch")
+    ends = ", ".join(f"{name} {shown(values[0])} → {shown(values[-1])}" for name, values in panels.items())
+    words = [f"From the first epoch to the last: {ends}."]
+    return Drawing("Fine-tuning, epoch by epoch", _embed(figure, "history", "Fine-tuning over the epochs"), words)
+
+
+def _embed(figure: Figure, prefix: str, label: str) -> Markup:
+    """The figure as an SVG element: as wide as its place, with ids of its own and the colours of the page."""
+    page = io.StringIO()
+    figure.savefig(page, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = page.getvalue()
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head) + f' role="img" aria-label="{label}"'
+    variables = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
+
+    def adapt(tag: re.Match[str]) -> str:  # tags alone: the text between them holds names of layers
+        found = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", tag[0])
+        found = re.sub(r"#[0-9a-f]{6}\b", lambda colour: variables.get(colour[0], colour[0]), found)
+        found = re.sub(r"'DejaVu Sans Mono'[^;\"]*", "var(--mono)", found)
+        return re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", found)
+
+    return Markup(head + ">" + re.sub(r"<[^>]+>", adapt, rest))

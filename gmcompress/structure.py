@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import numpy as np
@@ -20,6 +20,8 @@ from .errors import GMError
 from .groups import Group, GSet, gset
 from .groups import group as parse_group
 from .groups.group import Indices
+
+MAX_STRING = 1 << 17  # characters; the longest group strings have half as many
 
 
 @dataclass(frozen=True)
@@ -57,38 +59,16 @@ class Structure:
         Raises:
             GMError: the string is malformed, or a rank is given twice.
         """
-        found = text if isinstance(text, Structure) else cls._read(text)
+        if not isinstance(text, str | Group | Structure):
+            raise GMError(f'a structure is given as a string such as "C4+displacement:1", not {type(text).__name__}')
+        if isinstance(text, str) and len(text) > MAX_STRING:
+            raise GMError(f"a structure string of {len(text)} characters is too long; at most {MAX_STRING}")
+        found = text if isinstance(text, Structure) else _read(text)
         if rank == 0:
             return found
         if found.displacement or found.lowrank:
             raise GMError(f"{str(found)!r} already has a residual, so rank={rank} cannot be added to it")
         return found.with_rank(rank, residual=residual)
-
-    @classmethod
-    def _read(cls, text: str | Group) -> Structure:
-        if isinstance(text, Group):
-            return cls.regular(text)
-        if not isinstance(text, str):
-            raise GMError(f'a structure is given as a string such as "C4+displacement:1", not {type(text).__name__}')
-        head, *residuals = text.split("+")
-        ranks: dict[str, int] = {}
-        for each in residuals:
-            match = re.fullmatch(r"(displacement|lowrank):([0-9]{1,6})", each.strip())
-            if match is None or match[1] in ranks:
-                raise GMError(f'in {text[:80]!r}: {each[:40]!r} is no residual; "displacement:2" and "lowrank:2" are')
-            ranks[match[1]] = int(match[2])
-        # the bracket of sets comes last and holds a comma outside <...>; the action of a semidirect product does not
-        match = re.fullmatch(r"(.*)\[([^\[\],<]+(?:<[^>]*>)?(?:,[^\[\],<]+(?:<[^>]*>)?)+)\]\s*", head)
-        group = parse_group((match[1] if match else head).strip())
-        if match is None:
-            return cls.regular(group, **ranks)
-        names = [each.strip() for each in re.findall(r"[^,<]+(?:<[^>]*>)?", match[2])]
-        if len(names) > 3:
-            raise GMError(
-                f"in {text[:80]!r}: a structure acts on rows, columns and taps, but {len(names)} sets are named"
-            )
-        sets = [gset(group, each) for each in names]
-        return cls(group, *sets, **ranks)  # type: ignore[arg-type]
 
     @classmethod
     def regular(cls, group: Group, *, displacement: int = 0, lowrank: int = 0) -> Structure:
@@ -147,6 +127,19 @@ class Structure:
             smallest = np.minimum(smallest, moved)
         return np.unique(smallest, return_inverse=True)[1].reshape(rows, points).astype(np.int64)
 
+    def labels_on(self, device: torch.device) -> Tensor:  # (|X|, points)
+        """The labels as a tensor, one for each device and shared by all layers of this structure."""
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor(self.labels, dtype=torch.int64, device=device)
+        return self._tensors[device]
+
+    @cached_property
+    def _tensors(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Structure:
+        return self  # immutable, and its tables are large
+
     @cached_property
     def orbits(self) -> int:
         """Number of orbits: the parameters of one block (for each tap, where the taps are carried along)."""
@@ -189,14 +182,38 @@ class Structure:
         return sum(prod(each) for each in self.shapes(shape).values())
 
 
+@lru_cache(maxsize=512)  # so that equal layers share one structure, and its labels
+def _read(text: str | Group) -> Structure:
+    """The structure that a string or a group stands for."""
+    if isinstance(text, Group):
+        return Structure.regular(text)
+    head, *residuals = text.split("+")
+    ranks: dict[str, int] = {}
+    for each in residuals:
+        match = re.fullmatch(r"(displacement|lowrank):([0-9]{1,6})", each.strip())
+        if match is None or match[1] in ranks:
+            raise GMError(f'in {text[:80]!r}: {each[:40]!r} is no residual; "displacement:2" and "lowrank:2" are')
+        ranks[match[1]] = int(match[2])
+    # the bracket of sets comes last and holds a comma outside <...>; the action of a semidirect product does not
+    match = re.fullmatch(r"(.*)\[([^\[\],<]+(?:<[^>]*>)?(?:,[^\[\],<]+(?:<[^>]*>)?)+)\]\s*", head)
+    group = parse_group((match[1] if match else head).strip())
+    if match is None:
+        return Structure.regular(group, **ranks)
+    names = [each.strip() for each in re.findall(r"[^,<]+(?:<[^>]*>)?", match[2])]
+    if len(names) > 3:
+        raise GMError(f"in {text[:80]!r}: a structure acts on rows, columns and taps, but {len(names)} sets are named")
+    sets = [gset(group, each) for each in names]
+    return Structure(group, *sets, **ranks)  # type: ignore[arg-type]
+
+
 def as_structure(structure: Structure | Group | str) -> Structure:
     """A structure as it is; a group or a string as the structure it names."""
     return Structure.parse(structure)
 
 
-def index_tensor(indices: Indices, like: Tensor | None = None) -> Tensor:
+def index_tensor(indices: Indices, like: Tensor) -> Tensor:
     """A copy of an (immutable) index array as an int64 tensor, on the device of `like`."""
-    return torch.tensor(indices, dtype=torch.int64, device=None if like is None else like.device)
+    return torch.tensor(indices, dtype=torch.int64, device=like.device)
 
 
 def check_weight(weight: Tensor) -> Tensor:
@@ -208,7 +225,8 @@ def check_weight(weight: Tensor) -> Tensor:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise GMError(f"a weight is a tensor of real numbers, not {what}")
-    exact = weight.detach().to(torch.float64)
+    place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
+    exact = weight.detach().to(place, torch.float64)
     if not torch.isfinite(exact).all():
         raise GMError(f"the weight of shape {tuple(weight.shape)} holds NaN or infinity")
     return exact
@@ -239,8 +257,6 @@ def expand(
     tensors: Mapping[str, Tensor],  # as named and shaped by Structure.shapes
     structure: Structure | Group | str,
     shape: Sequence[int],  # of the weight: (rows, columns, *taps)
-    *,
-    labels: Tensor | None = None,  # (|X|, points): structure.labels on the right device, where the caller keeps them
 ) -> Tensor:  # (rows, columns, *taps)
     """The dense weight of stored tensors, differentiable: W[x, p] = f(x⁻¹p) + Σ_k a_k(x) b_k(x⁻¹p), plus left·right.
 
@@ -250,8 +266,7 @@ def expand(
     structure = as_structure(structure)
     o, i, carried = structure.blocks(shape)
     kernel = tensors["kernel"]
-    if labels is None:
-        labels = index_tensor(structure.labels, kernel)
+    labels = structure.labels_on(kernel.device)
     size, points = structure.rows.size, structure.points
     if "gates" in tensors:
         rank, order = tensors["gates"].shape[1:]
@@ -274,7 +289,7 @@ def orbit_means(weight: Tensor, structure: Structure | Group | str) -> Tensor:  
         means = diagonals(weight, structure).mean(1)
     else:
         flat = split(weight, structure).transpose(1, 2).flatten(2, 3)  # (o, i, |X|·points, carried)
-        labels = index_tensor(structure.labels, weight).flatten()
+        labels = structure.labels_on(weight.device).flatten()
         sums = flat.new_zeros(*flat.shape[:2], structure.orbits, flat.shape[3]).index_add_(2, labels, flat)
         means = sums / torch.bincount(labels, minlength=structure.orbits)[:, None]
     return means.reshape(structure.shapes(weight.shape)["kernel"])
@@ -291,7 +306,7 @@ def nearest(weight: Tensor, structure: Structure | Group | str) -> Tensor:  # sa
     """
     structure = as_structure(structure)
     kernel = orbit_means(check_weight(weight), structure)
-    return expand({"kernel": kernel}, structure, weight.shape).to(weight.dtype)
+    return expand({"kernel": kernel}, structure, weight.shape).to(weight)
 
 
 def distance(weight: Tensor, structure: Structure | Group | str, *, relative: bool = False) -> float:

@@ -114,6 +114,7 @@ def fine_tune(
             history.append(row)
             if folder is not None and run.accelerator.is_main_process:
                 save_checkpoint(folder, run.state(), history, asdict(recipe))
+            run.accelerator.wait_for_everyone()
     return run.finish(), history
 
 
@@ -125,7 +126,8 @@ class _Run:
         from timm.scheduler import create_scheduler_v2
         from timm.utils import ModelEmaV3
 
-        self.recipe, self.steps = recipe, _length(loader)
+        _check_length(loader)
+        self.recipe = recipe
         self.accelerator = _accelerator(recipe)
         self.device = self.accelerator.device
         model = model.to(self.device)
@@ -134,6 +136,8 @@ class _Run:
         name, lr = _optimizer_of(model, recipe)
         decay, momentum = recipe.weight_decay, recipe.momentum
         self.optimizer = create_optimizer_v2(model, opt=name, lr=lr, weight_decay=decay, momentum=momentum)
+        self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
+        self.steps = len(self.loader)  # of this process, where there are several
         self.schedule, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
@@ -143,7 +147,6 @@ class _Run:
             step_on_epochs=False,
             updates_per_epoch=self.steps,
         )
-        self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds, by name."""
@@ -194,8 +197,9 @@ class _Run:
                 progress(number, step + 1, self.steps, value)
         if not seen:
             raise GMError("the loader is empty: it gave no batch")
+        mean = self.accelerator.reduce(torch.tensor(total / seen, device=self.device), "mean")  # over processes
         rate = self.optimizer.param_groups[0]["lr"]
-        return {"epoch": number, "loss": total / seen, "lr": rate, "seconds": time.perf_counter() - start}
+        return {"epoch": number, "loss": float(mean), "lr": rate, "seconds": time.perf_counter() - start}
 
     def recalibrate(self) -> None:
         """Re-estimate the BatchNorm statistics, as the recipe says."""
@@ -298,14 +302,13 @@ def _parts(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
     raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the loader gave {describe(batch)}")
 
 
-def _length(loader: Iterable[Any]) -> int:
+def _check_length(loader: Iterable[Any]) -> None:
     if not isinstance(loader, Sized):
         raise GMError(
             f"the loader needs a length, for the schedule; a {type(loader).__name__} has none: use a DataLoader"
         )
     if not len(loader):
         raise GMError("the loader is empty: it gives no batch")
-    return len(loader)
 
 
 def _optimizer_of(model: nn.Module, recipe: Recipe) -> tuple[str, float]:
@@ -322,17 +325,22 @@ def _optimizer_of(model: nn.Module, recipe: Recipe) -> tuple[str, float]:
 
 
 def _accelerator(recipe: Recipe) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     on_cpu = recipe.device is not None and torch.device(recipe.device).type == "cpu"
     cuda = torch.cuda.is_available() and not on_cpu
-    precision = recipe.amp or ("bf16" if cuda else "no")
+    options = {
+        "mixed_precision": recipe.amp or ("bf16" if cuda else "no"),
+        "cpu": on_cpu,
+        # a head that no output reaches must not stall the other processes
+        "kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)],
+    }
     try:
-        return Accelerator(mixed_precision=precision, cpu=on_cpu)
+        return Accelerator(**options)
     except ValueError:  # accelerate keeps the settings of the first Accelerator of a process; this one differs
         AcceleratorState._reset_state(reset_partial_state=True)
-        return Accelerator(mixed_precision=precision, cpu=on_cpu)
+        return Accelerator(**options)
 
 
 def _seed(seed: int, epoch: int) -> None:

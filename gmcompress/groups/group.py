@@ -50,6 +50,9 @@ class Group:
     def __hash__(self) -> int:
         return hash((self.order, self.table[: min(self.order, 64)].tobytes()))
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Group:
+        return self  # immutable, and its table is large
+
     @property
     def order(self) -> int:
         """Number of elements, n."""

@@ -1,0 +1,198 @@
+"""Settings: everything that a run depends on, under the names of the command line's flags."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ..data import Images
+from ..errors import GMError, nearest_names
+from ..files import write_text
+from ..planning import Override
+from ..tuning import Recipe
+
+AMP = {"bfloat16": "bf16", "float16": "fp16"}
+RECALIBRATE: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command is asked for; names as in timm where timm has one, None is "as the network or its kind says".
+
+    Flat outside (`read` and `flat`), so that a YAML file and a command line say the same; the flags on images are in
+    `images`.
+    """
+
+    model: str = ""
+    pretrained: bool = False
+    checkpoint: str | None = None
+    compressed: str | None = None
+    num_classes: int | None = None
+    in_chans: int | None = None
+    model_kwargs: tuple[str, ...] = ()  # KEY=VALUE
+
+    group: str = "C32xC32"
+    rank: int = 1
+    residual: str = "displacement"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    override: tuple[str, ...] = ()  # PATTERN=VALUE
+
+    epochs: int = 10
+    opt: str = Recipe.optimizer
+    lr: float | None = Recipe.lr
+    weight_decay: float = Recipe.weight_decay
+    momentum: float = Recipe.momentum
+    warmup_epochs: float = Recipe.warmup
+    clip_grad: float | None = Recipe.clip
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    temperature: float = Recipe.temperature
+    distillation: float = Recipe.distillation
+    task: float = Recipe.task
+    recalibrate: str = "auto"
+    amp: bool | None = None
+    amp_dtype: str = "bfloat16"
+
+    device: str | None = None
+    seed: int = Recipe.seed
+    images: Images = field(default_factory=Images)
+
+    def __post_init__(self) -> None:
+        if self.model_ema and not 0 < self.model_ema_decay < 1:
+            raise GMError(f"model_ema_decay is a number between 0 and 1, not {self.model_ema_decay}")
+        for key, known in (("amp_dtype", AMP), ("recalibrate", RECALIBRATE)):
+            if getattr(self, key) not in known:
+                raise GMError(f"{key} is {' or '.join(known)}, not {getattr(self, key)!r}")
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings from flat names and values, as a command line or a YAML file gives them.
+
+        Raises:
+            GMError: a name is unknown, or a value is not of its type.
+
+        >>> Settings.read({"model": "resnet18", "lr": "1e-3", "batch_size": 64}).images.batch_size
+        64
+        """
+        kinds = setting_kinds()
+        for name in given:
+            if name not in kinds:
+                raise GMError(f"there is no setting {name!r}; the nearest are {nearest_names(name, kinds)}")
+        values = {name: typed(name, kinds[name], value) for name, value in given.items()}
+        own = {each.name for each in fields(Images)}
+        images = Images(**{name: value for name, value in values.items() if name in own})
+        return cls(**{name: value for name, value in values.items() if name not in own}, images=images)
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by their flat names, as YAML and JSON can hold them."""
+        found = {name: getattr(self, name, None) for name in setting_kinds()}
+        found |= {each.name: getattr(self.images, each.name) for each in fields(Images)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+    def recipe(self) -> Recipe:
+        """How to fine-tune."""
+        amp = None if self.amp is None else (AMP[self.amp_dtype] if self.amp else "no")
+        return Recipe(
+            epochs=self.epochs,
+            lr=self.lr,
+            optimizer=self.opt,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            warmup=self.warmup_epochs,
+            temperature=self.temperature,
+            distillation=self.distillation,
+            task=self.task,
+            recalibrate=RECALIBRATE[self.recalibrate],
+            clip=self.clip_grad or None,  # 0 is timm's "no clipping"
+            ema=self.model_ema_decay if self.model_ema else None,
+            amp=amp,
+            device=self.device,
+            seed=self.seed,
+        )
+
+    def compression(self) -> dict[str, Any]:
+        """The arguments of `compress`.
+
+        >>> Settings(override=("layer3.*=C4", "fc=none")).compression()["overrides"]
+        {'layer3.*': 'C4', 'fc': None}
+        """
+        overrides: dict[str, Override] = {}
+        for each in self.override:
+            pattern, found, value = each.rpartition("=")
+            if not found or not pattern or not value or pattern in overrides:
+                raise GMError(f"an override is PATTERN=VALUE, each pattern once, not {each!r}")
+            overrides[pattern] = None if value.lower() == "none" else value
+        names = ("group", "rank", "residual", "include", "exclude")
+        return {name: getattr(self, name) for name in names} | {"overrides": overrides}
+
+
+def setting_kinds() -> dict[str, Any]:
+    """The type of every setting by its flat name, in order."""
+    own = {name: kind for name, kind in get_type_hints(Settings).items() if name != "images"}
+    return own | get_type_hints(Images)
+
+
+def setting_defaults() -> dict[str, Any]:
+    """The default of every setting by its flat name.
+
+    >>> setting_defaults()["batch_size"]
+    128
+    """
+    return Settings().flat()
+
+
+def typed(name: str, kind: Any, value: Any) -> Any:
+    """A value as its type: strings become numbers (YAML reads 1e-3 as a string), lists become tuples.
+
+    Raises:
+        GMError: it cannot be read as that type.
+
+    >>> typed("lr", float | None, "1e-3")
+    0.001
+    """
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    if get_origin(kind) is tuple:
+        entries = value if isinstance(value, list | tuple) else [value]
+        return tuple(typed(name, get_args(kind)[0], each) for each in entries)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    accepted = {bool: (bool,), int: (int, str), float: (int, float, str), str: (str,)}[kind]
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    raise GMError(f"{name} is {words[kind]}, not {value!r}")
+
+
+def write_yaml(path: Path, settings: Settings) -> None:
+    """Write settings as YAML that `read_yaml` and `-c` read."""
+    write_text(path, yaml.safe_dump(settings.flat(), sort_keys=False, allow_unicode=True))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The names and values in a YAML file; names may be written with dashes, as flags are.
+
+    Raises:
+        GMError: the file is missing, is no YAML, or holds something else than names with values.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GMError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
+        said = " ".join(str(problem).split())
+        raise GMError(f"{path} is not readable as YAML: {said}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise GMError(f"{path} must hold names with values, such as 'lr: 0.01'")
+    return {name.replace("-", "_"): value for name, value in found.items()}
