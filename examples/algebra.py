@@ -1,7 +1,8 @@
 """The algebra alone: group matrices of D4, what projection keeps of a random and of a symmetric weight."""
 
-import gmcompress as gm
 import torch
+
+import gmcompress as gm
 
 
 def main() -> None:

@@ -7,12 +7,13 @@ python examples/compress_digits.py --smoke   a few seconds, to see that it runs
 import argparse
 import tempfile
 
-import gmcompress as gm
 import timm
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, TensorDataset
+
+import gmcompress as gm
 
 
 def digits(count: int) -> tuple[TensorDataset, TensorDataset]:

@@ -46,6 +46,10 @@ class GMLayer(nn.Module, ABC):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
+        self.labels: Tensor  # recomputed from the structure, so not part of what is saved
+        self.register_buffer(
+            "labels", torch.tensor(structure.labels, dtype=torch.int32, device=device), persistent=False
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,7 +71,7 @@ class GMLayer(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """The dense weight, computed at every read."""
-        return expand(self.parts(), self.structure, self.weight_shape)
+        return expand(self.parts(), self.structure, self.weight_shape, labels=self.labels)
 
     @torch.no_grad()
     def assign(self, tensors: Mapping[str, Tensor], *, bias: Tensor | None = None) -> None:

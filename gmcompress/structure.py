@@ -127,16 +127,6 @@ class Structure:
             smallest = np.minimum(smallest, moved)
         return np.unique(smallest, return_inverse=True)[1].reshape(rows, points).astype(np.int64)
 
-    def labels_on(self, device: torch.device) -> Tensor:  # (|X|, points)
-        """The labels as a tensor, one for each device and shared by all layers of this structure."""
-        if device not in self._tensors:
-            self._tensors[device] = torch.tensor(self.labels, dtype=torch.int64, device=device)
-        return self._tensors[device]
-
-    @cached_property
-    def _tensors(self) -> dict[torch.device, Tensor]:
-        return {}
-
     def __deepcopy__(self, memo: dict[int, object]) -> Structure:
         return self  # immutable, and its tables are large
 
@@ -257,6 +247,8 @@ def expand(
     tensors: Mapping[str, Tensor],  # as named and shaped by Structure.shapes
     structure: Structure | Group | str,
     shape: Sequence[int],  # of the weight: (rows, columns, *taps)
+    *,
+    labels: Tensor | None = None,  # (|X|, points): structure.labels on the right device, where the caller keeps them
 ) -> Tensor:  # (rows, columns, *taps)
     """The dense weight of stored tensors, differentiable: W[x, p] = f(x⁻¹p) + Σ_k a_k(x) b_k(x⁻¹p), plus left·right.
 
@@ -266,7 +258,7 @@ def expand(
     structure = as_structure(structure)
     o, i, carried = structure.blocks(shape)
     kernel = tensors["kernel"]
-    labels = structure.labels_on(kernel.device)
+    labels = index_tensor(structure.labels, kernel) if labels is None else labels.long()
     size, points = structure.rows.size, structure.points
     if "gates" in tensors:
         rank, order = tensors["gates"].shape[1:]
@@ -289,7 +281,7 @@ def orbit_means(weight: Tensor, structure: Structure | Group | str) -> Tensor:  
         means = diagonals(weight, structure).mean(1)
     else:
         flat = split(weight, structure).transpose(1, 2).flatten(2, 3)  # (o, i, |X|·points, carried)
-        labels = structure.labels_on(weight.device).flatten()
+        labels = index_tensor(structure.labels, weight).flatten()
         sums = flat.new_zeros(*flat.shape[:2], structure.orbits, flat.shape[3]).index_add_(2, labels, flat)
         means = sums / torch.bincount(labels, minlength=structure.orbits)[:, None]
     return means.reshape(structure.shapes(weight.shape)["kernel"])
@@ -363,6 +355,7 @@ def generator_displacement_rank(
     """
     structure = as_structure(structure)
     exact = check_weight(weight)
+    structure.blocks(exact.shape)
     scale = torch.linalg.matrix_norm(exact.flatten(1), 2)
     moved = [generator_displacement(exact, structure, each).flatten(1) for each in structure.group.generators]
     return max(

@@ -132,9 +132,9 @@ def semidirect(
     _check_size("this semidirect product", a * b)
     if phi.shape != (b, a) or not np.issubdtype(phi.dtype, np.integer):
         raise GMError(f"the homomorphism must be an integer array of shape {(b, a)}, not {phi.dtype} of {phi.shape}")
+    for bad in np.flatnonzero((np.sort(phi, axis=1) != np.arange(a)).any(axis=1)):
+        raise GMError(f"row {bad} of the homomorphism is no permutation of the normal subgroup's elements")
     for h in range(b):
-        if not np.array_equal(np.sort(phi[h]), np.arange(a)):
-            raise GMError(f"row {h} of the homomorphism is no permutation of the normal subgroup's elements")
         if not np.array_equal(phi[h][normal.table], normal.table[np.ix_(phi[h], phi[h])]):
             raise GMError(f"row {h} of the homomorphism is no automorphism of {normal}")
         if not np.array_equal(phi[acting.table[h]], phi[h][phi]):

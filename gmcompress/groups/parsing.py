@@ -22,6 +22,7 @@ FAMILIES: dict[str, Callable[[int], Group]] = {
 
 MAX_STRING = 1 << 16  # characters; the permutation strings of groups of order 64 stay below it
 MAX_DEPTH = 32  # nested parentheses
+MAX_POINTS = 4096  # of a permutation
 
 
 def group(text: str | Group) -> Group:
@@ -89,6 +90,12 @@ class _Reader:
             raise GMError(f"group string: the number {digits[:12]} at position {self.at - len(digits)} is too large")
         return int(digits)
 
+    def numbers(self) -> list[int]:
+        found = [self.number("a number")]
+        while self.take(r" +"):
+            found.append(self.number("a number"))
+        return found
+
     def product(self, depth: int) -> Group:
         factors = [self.power(depth)]
         while self.take(r"[xX×]"):
@@ -113,9 +120,10 @@ class _Reader:
         acting = self.atom(depth)
         self.need(r"\[", "'[' with the action of the second group on the first")
         start = self.at
-        rows = self.need(r"[0-9 /]+", "numbers").split("/")
-        self.need(r"\]", "']'")
-        numbers = [[int(each) for each in row.split()] for row in rows]
+        numbers = [self.numbers()]
+        while self.take("/"):
+            numbers.append(self.numbers())
+        self.need(r"\]", "a number or ']'")
         if len(numbers) == 1 and len(numbers[0]) == 1:
             return _multiplier(normal, acting, numbers[0][0])
         if len({len(row) for row in numbers}) != 1:
@@ -149,10 +157,11 @@ class _Reader:
             generators.append(self.cycles())
         self.need(">", "',' or '>' after a permutation")
         degree = 1 + max(point for each in generators for cycle in each for point in cycle)
-        return from_permutations([self.images(each, degree) for each in generators])
+        return from_permutations([_images(each, degree) for each in generators])
 
     def cycles(self) -> list[list[int]]:
-        found = []
+        """One permutation; its points are checked here, where its position is known."""
+        start, found = self.at, []
         while self.take(r"\(\s*"):
             cycle = [self.number("a point")]
             while self.take(r"\s+(?=[0-9])"):
@@ -161,19 +170,20 @@ class _Reader:
             found.append(cycle)
         if not found:
             raise self.error("expected a cycle such as (0 1 2)")
+        points = [point for cycle in found for point in cycle]
+        if len(points) != len(set(points)) or max(points) >= MAX_POINTS:
+            self.at = start
+            few = f"permutations of more than {MAX_POINTS} points are not supported"
+            raise self.error(few if max(points) >= MAX_POINTS else "a point stands twice in one permutation")
         return found
 
-    def images(self, cycles: list[list[int]], degree: int) -> list[int]:
-        points = [point for cycle in cycles for point in cycle]
-        if len(points) != len(set(points)):
-            raise self.error("a point stands twice in one permutation")
-        if degree > 4096:
-            raise self.error("permutations of more than 4096 points are not supported")
-        images = list(range(degree))
-        for cycle in cycles:
-            for point, following in zip(cycle, cycle[1:] + cycle[:1], strict=True):
-                images[point] = following
-        return images
+
+def _images(cycles: list[list[int]], degree: int) -> list[int]:
+    images = list(range(degree))
+    for cycle in cycles:
+        for point, following in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+            images[point] = following
+    return images
 
 
 def _multiplier(normal: Group, acting: Group, k: int) -> Group:

@@ -95,18 +95,32 @@ def quotients(group: Group) -> tuple[Group, ...]:
     >>> [each.name for each in quotients(dihedral(4))]
     ['D4', 'C2xC2', 'C2', 'C1']
     """
-    found: dict[tuple[str, ...], Group] = {(): cyclic(1)}
+    found = {_isomorphism_type([]): cyclic(1)}
     for factor in group.factors or (group,):
         parts = _factor_quotients(factor)
-        grown: dict[tuple[str, ...], Group] = {}
+        grown: dict[tuple[str | int, ...], Group] = {}
         for base in found.values():
             for part in parts:
                 pieces = [leaf for each in (base, part) for leaf in (each.factors or (each,)) if leaf.order > 1]
-                kept = tuple(sorted(each.name for each in pieces))
+                kept = _isomorphism_type(pieces)
                 if kept not in grown:
                     grown[kept] = direct(*pieces) if pieces else cyclic(1)
         found = grown
     return tuple(sorted(found.values(), key=lambda each: (-each.order, each.exponent, each.name)))
+
+
+def _isomorphism_type(pieces: Sequence[Group]) -> tuple[str | int, ...]:
+    """Equal for isomorphic products of cyclic groups and identified other ones: prime powers, then names."""
+    cyclic_orders = [each.order for each in pieces if each.is_abelian and each.exponent == each.order]
+    powers: list[int] = []
+    for order in cyclic_orders:
+        for prime in range(2, order + 1):
+            power = 1
+            while order % prime == 0:
+                order, power = order // prime, power * prime
+            powers += [power] * (power > 1)
+    others = [each for each in pieces if not (each.is_abelian and each.exponent == each.order)]
+    return (*sorted(powers), *sorted(each.name if each.order > 64 else identify(each).name for each in others))
 
 
 def _factor_quotients(factor: Group) -> Sequence[Group]:

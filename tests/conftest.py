@@ -1,0 +1,34 @@
+"""What all tests share: tolerances by dtype, a control that must fail, and a seeded source of randomness."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+torch.set_num_threads(2)
+torch.set_flush_denormal(True)
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def assert_close(actual: Tensor | float, expected: Tensor | float, *, slack: float = 1.0) -> None:
+    """Equal within the tolerance of the dtype, relative to the largest entry expected; `slack` widens it."""
+    actual, expected = (
+        each if isinstance(each, Tensor) else torch.as_tensor(each, dtype=torch.float64) for each in (actual, expected)
+    )
+    tolerance = slack * TOLERANCE[actual.dtype] * max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def must_fail(law: Callable[..., None], *subjects: Any) -> None:
+    """The control: the law does not hold for these subjects."""
+    with pytest.raises(AssertionError):
+        law(*subjects)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A source of random numbers, the same in every test."""
+    return torch.Generator().manual_seed(0)

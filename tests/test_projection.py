@@ -1,0 +1,293 @@
+"""Laws of the projections: best of their kind, exact where the weight has the structure, honest about the error."""
+
+import itertools
+from math import prod
+
+import pytest
+import torch
+from conftest import TOLERANCE, assert_close, must_fail
+from market import STRUCTURES, random_tensors, slow_diagonals, slow_expand, slow_nearest
+from torch import Generator, Tensor
+
+from gmcompress import projection
+from gmcompress.errors import GMError
+from gmcompress.projection import project, svd_error, truncated_svd
+from gmcompress.structure import Structure, displacement_rank, distance, expand
+
+SUBJECTS = pytest.mark.parametrize(("text", "shape"), STRUCTURES, ids=[f"{t}-{s}" for t, s in STRUCTURES])
+GATED = [("C4", (4, 4)), ("S3", (12, 6)), ("D4", (8, 16)), ("C4[G,G,grid3x3]", (4, 4, 3, 3)), ("C2^3", (16, 8, 1, 2))]
+LOW = [("C8", (16, 16)), ("D4", (16, 24)), ("D4[G/<1>,G]", (8, 8, 3, 3)), ("C4[G,G,grid3x3]", (8, 4, 3, 3))]
+
+
+def randn(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def centred_diagonals(weight: Tensor, text: str) -> Tensor:
+    rows = slow_diagonals(weight, Structure.parse(text))
+    return rows - rows.mean(1, keepdim=True)
+
+
+@SUBJECTS
+def test_relative_error_is_that_of_the_stored_tensors(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+    structure, weight = Structure.parse(text), randn(shape, generator)
+    fit = project(weight, text)
+    assert {name: tuple(each.shape) for name, each in fit.tensors.items()} == structure.shapes(shape)
+    assert sum(each.numel() for each in fit.tensors.values()) == structure.parameters(shape)
+    error = (slow_expand(fit.tensors, structure, shape) - weight).norm() / weight.norm()
+    assert_close(fit.relative_error, error)
+    assert_close(fit.distance, (slow_nearest(weight, structure) - weight).norm() / weight.norm())
+    assert_close(fit.distance, distance(weight, structure, relative=True))
+    assert fit.relative_error <= fit.distance
+    if structure.displacement or structure.lowrank:
+        must_fail(assert_close, fit.distance, error)
+    else:
+        assert fit.relative_error == fit.distance
+
+
+# ------------------------------------------------------------------------------------------------------- displacement
+
+
+def alternating_least_squares(rows: Tensor, rank: int, generator: Generator) -> float:
+    """The least ‖F − 1fᵀ − A B‖ that 30 random starts find by solving for (f, B) and for A in turn."""
+    n = len(rows)
+    gates = torch.randn(30, n, rank, generator=generator, dtype=torch.float64)
+    ones = torch.ones(30, n, 1, dtype=torch.float64)
+    for _ in range(400):
+        gates = torch.linalg.qr(gates - gates.mean(1, keepdim=True))[0]  # the same span together with 1
+        basis = torch.cat([ones / n**0.5, gates], 2)  # orthonormal
+        f, b = (basis.mT @ rows).split([1, rank], 1)
+        gates = torch.linalg.solve(b @ b.mT, b @ (rows - ones @ f / n**0.5).mT).mT
+    return float((rows - basis @ (basis.mT @ rows)).flatten(1).norm(dim=1).min())
+
+
+@pytest.mark.parametrize(("text", "shape"), [("C4", (4, 4)), ("S3", (6, 6)), ("D4", (8, 16)), ("C6", (6, 6, 1, 2))])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_displacement_is_as_good_as_a_search(
+    text: str, shape: tuple[int, ...], rank: int, generator: Generator
+) -> None:
+    weight = randn(shape, generator)
+    best = alternating_least_squares(slow_diagonals(weight, Structure.parse(text))[0], rank, generator)
+
+    def assert_best(structure: Structure) -> None:
+        error = project(weight, structure).relative_error * float(weight.norm())
+        assert abs(error - best) < 1e-9
+
+    assert_best(Structure.parse(text, rank=rank))
+    must_fail(assert_best, Structure.parse(text, rank=rank - 1))
+
+
+@pytest.mark.parametrize(("text", "shape"), GATED)
+def test_displacement_error_is_the_tail(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+    weight = randn(shape, generator)
+    values = torch.linalg.svdvals(centred_diagonals(weight, text))
+    before = float("inf")
+    for rank in range(Structure.parse(text).group.order):
+        structure = Structure.parse(text, rank=rank)
+        fit = project(weight, structure)
+        squared = (fit.relative_error * weight.norm()) ** 2
+        assert_close(squared, values[:, rank:].square().sum())
+        assert displacement_rank(expand(fit.tensors, structure, shape), structure) == rank
+        assert fit.relative_error < before
+        must_fail(assert_close, squared, values[:, rank + 1 :].square().sum() - 1e-6)
+        before = fit.relative_error
+    assert before < 1e-14  # rank n − 1 holds every weight
+
+
+# ------------------------------------------------------------------------------------------------------------ low rank
+
+
+@pytest.mark.parametrize(("text", "shape"), LOW)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_alternation_never_grows(
+    text: str, shape: tuple[int, ...], rank: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = randn(shape, generator)
+    fits = []
+    for sweeps in (1, 2, 3, 5, 10, 30, 100):
+        monkeypatch.setattr(projection, "SWEEPS", sweeps)
+        fits.append(project(weight, Structure.parse(text, rank=rank, residual="lowrank")))
+    errors = [fit.relative_error for fit in fits]
+
+    def assert_falls(errors: list[float]) -> None:
+        assert errors[0] < fits[0].distance
+        assert all(later <= earlier + 1e-15 for earlier, later in itertools.pairwise(errors))
+
+    assert_falls(errors)
+    must_fail(assert_falls, errors[::-1])
+    # what is left is orthogonal to the group matrices: the group part is exact for the last low rank
+    left = weight - expand(fits[-1].tensors, fits[-1].structure, shape)
+    assert float(slow_nearest(left, Structure.parse(text)).norm()) < 1e-12 * float(weight.norm())
+
+
+@pytest.mark.parametrize(("text", "shape"), [("C8", (8, 8)), ("D4[G/<1>,G]", (4, 8, 2, 2)), ("S3", (6, 12))])
+def test_lowrank_never_worse_with_a_larger_rank(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+    weight, full = randn(shape, generator), min(shape[0], prod(shape[1:]))
+    structures = [Structure.parse(text, rank=rank, residual="lowrank") for rank in range(full + 1)]
+    errors = [project(weight, each).relative_error for each in structures]
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] < 1e-14
+
+
+# ----------------------------------------------------------------------------------------------------------- recovery
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        *((text, shape) for text, shape in STRUCTURES if "lowrank" not in text),
+        *(("C8+lowrank:1", (16, 16)), ("C16+lowrank:2", (32, 32)), ("D4+lowrank:1", (16, 24))),
+        *(("D4[G/<1>,G]+lowrank:1", (4, 8, 3, 3)), ("C4[G,G,grid3x3]+lowrank:1", (8, 8, 3, 3))),
+    ],
+)
+def test_recovers_what_has_the_structure(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+    structure = Structure.parse(text)
+    weight = expand(random_tensors(structure, shape, generator), structure, shape)
+
+    def assert_recovered(weight: Tensor) -> None:
+        fit = project(weight, structure)
+        assert fit.relative_error < 1e-13
+        assert_close(expand(fit.tensors, structure, shape), weight)
+
+    assert_recovered(weight)
+    if structure.group.order > 1:
+        must_fail(assert_recovered, weight + 1e-6 * randn(shape, generator))
+
+
+@pytest.mark.parametrize(("text", "shape"), LOW)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_recovers_low_rank_without_group_part_in_one_sweep(
+    text: str, shape: tuple[int, ...], rank: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, structure = Structure.parse(text), Structure.parse(text, rank=rank, residual="lowrank")
+    left = randn((shape[0] // plain.rows.size, plain.rows.size, rank), generator)
+    left -= left.mean(1, keepdim=True)  # sums to zero over every block, so that no orbit has a mean
+    right = randn((shape[1] // plain.columns.size, rank), generator).repeat_interleave(plain.columns.size, 0)
+    low = (left.reshape(-1, rank) @ right.T).reshape(*shape[:2], *(1 for _ in shape[2:])).expand(shape)
+    weight = low + expand(random_tensors(plain, shape, generator), plain, shape)
+    monkeypatch.setattr(projection, "SWEEPS", 1)
+    assert project(weight, structure).relative_error < 1e-13
+    assert project(weight, plain).relative_error > 0.01, "the control"
+
+
+def test_zero_weight() -> None:
+    for text in ("C4", "C4+displacement:1", "C4+lowrank:1"):
+        fit = project(torch.zeros(4, 8), text)
+        assert (fit.relative_error, fit.distance) == (0.0, 0.0)
+        assert all(torch.isfinite(each).all() for each in fit.tensors.values())
+
+
+# ---------------------------------------------------------------------------------------------------- types and errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("text", ["C4", "C4+displacement:2", "C4+displacement:1+lowrank:1"])
+def test_dtype_comes_back(dtype: torch.dtype, text: str, generator: Generator) -> None:
+    structure, weight = Structure.parse(text), randn((8, 12), generator).to(dtype)
+    before = weight.clone()
+    fit, exact = project(weight.requires_grad_(), text), project(weight.double(), text)
+    assert {each.dtype for each in fit.tensors.values()} == {dtype}
+    assert not any(each.requires_grad for each in fit.tensors.values())
+    assert torch.equal(weight, before)
+    assert_close(fit.relative_error, exact.relative_error)
+    stored, wanted = (expand(each.tensors, structure, (8, 12)).double() for each in (fit, exact))
+    assert float((stored - wanted).norm()) <= TOLERANCE[dtype] * float(wanted.norm())
+
+
+@pytest.mark.parametrize("text", ["C4", "C4+displacement:1", "C4+lowrank:1"])
+def test_weights_refused(text: str) -> None:
+    for weight in (torch.full((4, 4), float("nan")), torch.full((4, 4), float("inf")), torch.eye(4).long(), [[1.0]]):
+        with pytest.raises(GMError):
+            project(weight, text)
+        with pytest.raises(GMError):
+            svd_error(weight, 4)
+    for shape in ((4, 6), (6, 4), (4,)):
+        with pytest.raises(GMError):
+            project(torch.zeros(shape), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rank", "residual", "shape", "limit"),
+    [
+        ("C4", 4, "displacement", (8, 8), 3),
+        ("C4[G,fixed1]", 2, "displacement", (4, 1), 1),
+        ("C4", 5, "lowrank", (4, 8), 4),
+        ("C4", 5, "lowrank", (8, 4, 1, 1), 4),
+    ],
+)
+def test_ranks_too_large_are_refused(text: str, rank: int, residual: str, shape: tuple[int, ...], limit: int) -> None:
+    with pytest.raises(GMError, match=f"{residual} rank {rank} .*: {limit}$"):
+        project(torch.ones(shape), Structure.parse(text, rank=rank, residual=residual))
+    assert project(torch.ones(shape), Structure.parse(text, rank=limit, residual=residual)).relative_error < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------------ SVD
+
+
+def spectrum(values: Tensor, columns: int, generator: Generator) -> Tensor:
+    """A random matrix with these singular values."""
+    u, v = (torch.linalg.qr(randn((each, len(values)), generator))[0] for each in (len(values), columns))
+    return u * values @ v.T
+
+
+@pytest.mark.parametrize("rank", [1, 3, 10, 30])
+@pytest.mark.parametrize("columns", [8, 64, 200])
+@pytest.mark.parametrize(
+    "values",
+    [torch.rand(64), torch.ones(64), torch.logspace(0, -14, 64), torch.tensor([1.0] * 3 + [0.0] * 61), torch.zeros(64)],
+    ids=["random", "flat", "decaying", "rank 3", "zero"],
+)
+def test_truncated_svd_is_that_of_torch(values: Tensor, columns: int, rank: int, generator: Generator) -> None:
+    matrix = (
+        spectrum(values.double(), 64, generator)[:, :columns]
+        if columns < 64
+        else spectrum(values.double(), columns, generator)
+    )
+    rank = min(rank, columns)
+    expected = torch.linalg.svdvals(matrix)
+
+    def assert_truncation(u: Tensor, s: Tensor, vh: Tensor) -> None:
+        assert_close(s, expected[:rank])
+        assert_close(u.T @ u, torch.eye(rank, dtype=torch.float64))
+        assert_close(vh @ vh.T, torch.eye(rank, dtype=torch.float64))
+        assert_close((matrix - u * s @ vh).norm(), expected[rank:].norm())
+
+    u, s, vh = truncated_svd(matrix, rank)
+    assert_truncation(u, s, vh)
+    ut, st, vht = truncated_svd(matrix.T, rank)
+    assert_truncation(vht.T, st, ut.T)
+    batched = truncated_svd(torch.stack([2 * matrix, matrix]), rank)
+    assert_truncation(*(each[1] for each in batched))
+    must_fail(assert_truncation, u, s + 1e-6, vh)
+    must_fail(assert_truncation, u * 1.01, s, vh)
+
+
+def views(part: Tensor) -> list[Tensor]:
+    """A weight as a matrix: rows × columns·taps, and for two-sided kernels rows·ky × columns·kx."""
+    if part.dim() < 4 or 1 in part.shape[2:]:
+        return [part.flatten(1)]
+    rows, columns, ky, kx = part.shape
+    return [part.flatten(1), part.permute(0, 2, 1, 3).reshape(rows * ky, columns * kx)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((8, 12), 1), ((40, 50), 1), ((8, 4, 3, 3), 1), ((4, 16, 3, 5), 1), ((12, 2, 3, 1), 3), ((8, 3, 3, 3), 2)],
+)
+def test_svd_error_is_that_of_a_truncation(shape: tuple[int, ...], groups: int, generator: Generator) -> None:
+    weight = randn(shape, generator)
+
+    def assert_truncated(stored: int, more: int = 0) -> None:
+        errors = []
+        for parts in zip(*(views(part) for part in weight.chunk(groups)), strict=True):
+            rank = stored // (groups * sum(parts[0].shape)) + more
+            tails = [torch.linalg.svdvals(part)[rank:].square().sum() for part in parts]
+            errors.append(float(torch.stack(tails).sum().sqrt() / weight.norm()))
+        assert_close(svd_error(weight, stored, conv_groups=groups), min(errors))
+
+    for stored in (1, weight.numel() // 3, weight.numel() // 2):
+        assert_truncated(stored)
+        must_fail(assert_truncated, stored, 1)
+    assert_close(svd_error(weight, 1, conv_groups=groups), 1.0)
+    assert svd_error(weight, 10 * weight.numel(), conv_groups=groups) < 1e-7
+    assert svd_error(torch.zeros(shape), 1, conv_groups=groups) == 0.0
