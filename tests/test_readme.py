@@ -1,0 +1,70 @@
+"""Every code block of the README runs: Python as it stands, the command line on a small folder of images."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from gmcompress.cli import main
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if line.startswith("gmcompress")
+]
+SHORTER = {"train": ["--epochs", "1", "--img-size", "32", "-b", "4", "-j", "0", "--seed", "1"]}
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    blocks = [block for language, block in BLOCKS if language == "python"]
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert (tmp_path / "report.html").is_file()
+    assert scope["layer"].structure.parameters((1024, 1024)) == 4096
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images of two classes and the checkpoint of a dense network."""
+    folder = tmp_path_factory.mktemp("readme")
+    generator = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        for label in ("cat", "dog"):
+            (folder / "DATA" / split / label).mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "DATA" / split / label / f"{number}.png")
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet18", num_classes=2).state_dict(), folder / "dense.safetensors")
+    return folder
+
+
+def test_commands_run_in_their_order(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert [shlex.split(each)[1] for each in COMMANDS] == ["plan", "train", "validate", "benchmark", "report", "groups"]
+    for command in COMMANDS:
+        arguments = shlex.split(command)[1:]
+        status = main([*arguments, *SHORTER.get(arguments[0], [])])
+        assert not status, command
+        assert capsys.readouterr().out.strip(), command
+    assert (place / "report.html").is_file()
+
+
+def test_the_demo_and_the_test_command_are_those_that_ci_runs():
+    lines = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+    assert 'python -m pip install ".[demo]" && gmcompress demo' in lines
+    assert 'python -m pip install -e ".[dev]" && python -m pytest' in lines
+    assert "<!-- test command -->\n```bash\npython -m pip install -e" in (ROOT / "README.md").read_text()
+    assert "test command" in (ROOT / ".ci" / "run").read_text()
