@@ -20,7 +20,7 @@ from market import (
 from torch import Generator, Tensor
 
 from gmcompress.errors import GMError
-from gmcompress.groups import from_table, group
+from gmcompress.groups import diagonal, from_table, group
 from gmcompress.structure import (
     Structure,
     diagonals,
@@ -163,6 +163,7 @@ def test_group_diagonal_matrices_multiply_as_the_group(name: str) -> None:
 
     matrices = torch.stack([expand({"kernel": row.reshape(1, 1, n)}, name, (n, n)) for row in one_hot])
     assert_representation(matrices)
+    assert_representation(torch.stack([torch.from_numpy(diagonal(each, g)).double() for g in range(n)]))
     must_fail(assert_representation, matrices.roll(1, dims=0))
 
 

@@ -6,6 +6,7 @@ from .gsets import GSet, cosets, fixed, grid, gset, regular
 from .parsing import group
 from .subgroups import (
     ball,
+    diagonal,
     identify,
     is_normal,
     isomorphism,
@@ -25,6 +26,7 @@ __all__ = [
     "cosets",
     "cycle_notation",
     "cyclic",
+    "diagonal",
     "dihedral",
     "direct",
     "fixed",

@@ -230,6 +230,18 @@ def _induced(source: Group, target: Group, generators: Sequence[int], images: Se
     return mapped if len(np.unique(reached)) == len(reached) else None
 
 
+def diagonal(group: Group, element: int) -> Indices:  # (n, n), zeros and ones
+    """The group diagonal B_g of the element g: B_g[x, y] = 1 where x⁻¹·y = g; B_g B_h = B_gh and B_gᵀ = B_{g⁻¹}.
+
+    Source: GM paper, definition of group diagonals.
+
+    >>> diagonal(cyclic(3), 1).tolist()
+    [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    """
+    [g] = group.check_elements([element])
+    return (group.table[group.inverse] == g).astype(np.int64)
+
+
 def word_lengths(group: Group, generators: Iterable[int] | None = None) -> Indices:  # (n,)
     """Least number of generators and inverses whose product is each element; −1 where they do not reach.
 
