@@ -77,12 +77,15 @@ def check_model(model: nn.Module) -> None:
 
 
 def shell(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that shares the parameters, so that running it leaves the caller's modules alone.
+    """A copy in evaluation mode on the same memory, so that running it leaves the caller's modules alone.
+
+    Its parameters need no gradient, without which torch's FlopCounterMode fails on parameters passed as arguments.
 
     Raises:
         GMError: the model cannot be copied.
     """
-    return duplicate(model, {id(each): each for each in model.parameters()}).eval()
+    kept = [each for each in model.parameters() if not isinstance(each, nn.parameter.UninitializedParameter)]
+    return duplicate(model, {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in kept}).eval()
 
 
 def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

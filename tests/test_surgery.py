@@ -125,10 +125,12 @@ def test_replace_names_the_nearest():
         gm.replace(zoo.TwoNames(), {"frist": nn.Identity()})
 
 
-def test_a_shell_shares_parameters_but_not_modules():
+def test_a_shell_shares_memory_but_not_modules():
     model = zoo.mlp().train()
     copied = shell(model)
-    assert copied[0].weight is model[0].weight
+    assert copied[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert model[0].weight.requires_grad
+    assert not copied[0].weight.requires_grad
     assert copied[0] is not model[0]
     assert model.training
     assert not copied.training

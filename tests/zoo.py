@@ -88,6 +88,19 @@ class ReadsWeight(nn.Module):
         return self.head(self.proj(F.scaled_dot_product_attention(q, k, v)))
 
 
+class PassesParameter(nn.Module):
+    """Hands a parameter of its own to a layer as an argument, as timm's CaiT does with its class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 8))
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x) + self.body(self.token))
+
+
 class Unreachable(nn.Module):
     """Holds a head that never runs."""
 
@@ -150,6 +163,7 @@ MODELS = {
     "tied": Exhibit(Tied, lambda: torch.arange(6).view(2, 3), ("body",)),
     "convolutions": Exhibit(Convolutions, rows(2, 3, 9, 9), ("dilated", "grouped")),
     "reads weight": Exhibit(ReadsWeight, rows(2, 5, 8), ("qkv", "proj")),
+    "passes parameter": Exhibit(PassesParameter, rows(4, 8), ("body",)),
     "unreachable": Exhibit(Unreachable, rows(4, 8), ("body", "aux")),
     "control flow": Exhibit(
         ControlFlow, lambda: {"x": torch.ones(4, 8), "scale": torch.full((4, 1), 2.0)}, ("left", "right")
