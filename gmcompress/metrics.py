@@ -105,15 +105,23 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
-def latencies(calls: Sequence[Callable[[], object]], *, repeats: int) -> list[tuple[float, float]]:
-    """Median and distance between quartiles, in milliseconds, of each call; the runs of all calls take turns."""
+def latencies(
+    calls: Sequence[Callable[[], object]], *, repeats: int, seconds: float = 20.0
+) -> list[tuple[float, float]]:
+    """Median and distance between quartiles, in milliseconds, of each call; the runs of all calls take turns.
+
+    Slow calls are repeated less often: after `seconds` in all no further round begins, but three are always run.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for each in calls:
         each()  # the first run allocates
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(max(repeats, 2)):
+        began = time.perf_counter()
+        for done in range(max(repeats, 2)):
+            if done >= 3 and time.perf_counter() - began > seconds:
+                break
             for run_once, taken in zip(calls, times, strict=True):
                 _synchronize()
                 start = time.perf_counter()

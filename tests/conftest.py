@@ -1,7 +1,10 @@
 """What all tests share: tolerances by dtype, a control that must fail, and a seeded source of randomness."""
 
+import os
 from collections.abc import Callable
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once by torch: idle threads then leave the cores to others
 
 import pytest
 import torch

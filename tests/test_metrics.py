@@ -74,6 +74,12 @@ def test_timed_runs_take_turns():
     assert all(median >= 0 and spread >= 0 for median, spread in times)
 
 
+def test_slow_calls_are_repeated_less_often():
+    runs = []
+    latencies([lambda: runs.append(1)], repeats=50, seconds=0)
+    assert len(runs) == 1 + 3  # the first run is not timed
+
+
 def test_a_larger_model_takes_longer():
     """The control of the clock."""
     small, large = nn.Linear(8, 8), nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
