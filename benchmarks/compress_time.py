@@ -1,0 +1,131 @@
+"""How long gm.compress takes, and its peak memory, on timm models of full size, each in a fresh process.
+
+python benchmarks/compress_time.py --output compress_time.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gmcompress.tables import make_table
+
+LIMITS: Mapping[str, tuple[float, float | None]] = {  # seconds and gigabytes that must not be passed
+    "resnet50": (30.0, 3.0),
+    "vit_base_patch16_224": (60.0, None),
+}
+UNITS = 1 if sys.platform == "darwin" else 1024  # bytes in one ru_maxrss
+
+
+def peak_gigabytes() -> float:
+    """Peak resident memory of this process until now, in 10⁹ bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNITS / 1e9
+
+
+def work(name: str, group: str, rank: int, threads: int) -> dict[str, Any]:
+    """Compress one model with random weights in this process; `dense_gigabytes` is the peak before it began."""
+    import timm
+    import torch
+
+    import gmcompress as gm
+
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    before = peak_gigabytes()
+    start = time.perf_counter()
+    result = gm.compress(model, group=group, rank=rank)
+    seconds = time.perf_counter() - start
+    return {
+        "model": name,
+        "group": group,
+        "rank": rank,
+        "seconds": round(seconds, 2),
+        "peak_gigabytes": round(peak_gigabytes(), 3),
+        "dense_gigabytes": round(before, 3),
+        "layers": len(result.plan.layers),
+        "parameters": [result.report.before.parameters, result.report.after.parameters],
+        "device": f"cpu ({torch.backends.cpu.get_cpu_capability()})",
+        "dtype": "float32",
+        "seed": 0,
+        "threads": threads,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of one model, measured in a process that has done nothing else."""
+    given = ["--group", options.group, "--rank", str(options.rank), "--threads", str(options.threads)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--models", name, *given, "--here"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    shown = " ".join(["python benchmarks/compress_time.py --models", name, *given])
+    seconds, gigabytes = LIMITS.get(name, (None, None))
+    limits = {"limit_seconds": seconds, "limit_gigabytes": gigabytes}
+    return {"benchmark": "compress_time", **row, **limits, "command": shown}
+
+
+def within(row: Mapping[str, Any]) -> bool:
+    """Whether a row keeps to its limits.
+
+    >>> within({"seconds": 31, "limit_seconds": 30, "peak_gigabytes": 1, "limit_gigabytes": None})
+    False
+    """
+    pairs = [("seconds", "limit_seconds"), ("peak_gigabytes", "limit_gigabytes")]
+    return all(row[limit] is None or row[found] <= row[limit] for found, limit in pairs)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The readable table at the end."""
+    columns = ["model", "structure", "layers#", "seconds#", "limit#", "peak GB#", "limit#", "kept"]
+    shown = [
+        (
+            row["model"],
+            f"{row['group']}+displacement:{row['rank']}",
+            row["layers"],
+            row["seconds"],
+            row["limit_seconds"] or "-",
+            row["peak_gigabytes"],
+            row["limit_gigabytes"] or "-",
+            "yes" if within(row) else "NO",
+        )
+        for row in rows
+    ]
+    title = f"gm.compress, {rows[0]['threads']} threads, peak of the whole process"
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(make_table(title, columns, shown))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure every model; exit status 1 where a limit is passed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(LIMITS))
+    parser.add_argument("--group", default="C32xC32")
+    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="rows are appended to this file")
+    parser.add_argument("--here", action="store_true", help="measure one model in this process and print its row")
+    options = parser.parse_args(arguments)
+    if options.here:
+        print(json.dumps(work(options.models[0], options.group, options.rank, options.threads)))
+        return 0
+    rows = [in_fresh_process(name, options) for name in options.models]
+    if options.output is not None:
+        with options.output.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    print_table(rows)
+    return 0 if all(map(within, rows)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
