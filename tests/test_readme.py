@@ -1,5 +1,6 @@
 """Every code block of the README runs: Python as it stands, the command line on a small folder of images."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -68,3 +69,15 @@ def test_the_demo_and_the_test_command_are_those_that_ci_runs():
     assert 'python -m pip install -e ".[dev]" && python -m pytest' in lines
     assert "<!-- test command -->\n```bash\npython -m pip install -e" in (ROOT / "README.md").read_text()
     assert "test command" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_measured_table_is_that_of_the_benchmark():
+    lines = (ROOT / "benchmarks" / "results" / "accuracy.jsonl").read_text().splitlines()
+    measured = set()
+    for row in map(json.loads, lines):
+        accuracies = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("raw", "recalibrated", "tuned")]
+        share, energy = f"{100 * row['kept']:.1f} %", f"{row['energy']:.3f}"
+        measured.add(" | ".join([row["structure"], row["variant"], share, energy, *accuracies]))
+    shown = re.findall(r"^\| (C\S+ \| (?:structure|SVD|shuffled).*) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(shown) == 7
+    assert set(shown) <= measured
