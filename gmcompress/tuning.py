@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .surgery import call, check_model, describe
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 Progress = Callable[[int, int, int, float], None]  # epoch, step, steps, loss
+JUDGED = 8  # batches on which recalibrated statistics are compared with the old ones
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -206,8 +208,7 @@ class _Run:
         norms = [each for each in self.model.modules() if isinstance(each, BATCH_NORMS) and each.track_running_stats]
         if not self.recipe.recalibrate or not norms:
             return
-        batches = [batch for batch, _ in zip(self.loader, range(self.recipe.recalibration_batches), strict=False)]
-        judged = batches[:8] if self.recipe.recalibrate == "auto" else []
+        judged = list(islice(self.loader, JUDGED)) if self.recipe.recalibrate == "auto" else []
         old = [copy.deepcopy(norm.state_dict()) for norm in norms]
         before = self._loss_on(judged)
         self.model.eval()
@@ -217,7 +218,7 @@ class _Run:
             norm.momentum = None  # torch: a cumulative average
             norm.train()
         with torch.no_grad():
-            for batch in batches:
+            for batch in islice(self.loader, self.recipe.recalibration_batches):
                 call(self.model, _parts(batch, self.device)[0])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
