@@ -123,7 +123,7 @@ def _row(name: str, dense: nn.Module, fit: Fit) -> dict[str, Any]:
     """The row of the report on one layer, with plain SVD of the same size as its control."""
     weight = dense.get_parameter("weight")
     stored = fit.structure.parameters(weight.shape)
-    with_fit = distance_of(fit, tuple(weight.shape))
+    with_fit = _distance_of(fit, tuple(weight.shape))
     return {
         "layer": name,
         "structure": str(fit.structure),
@@ -137,7 +137,7 @@ def _row(name: str, dense: nn.Module, fit: Fit) -> dict[str, Any]:
     }
 
 
-def distance_of(fit: Fit, shape: tuple[int, ...]) -> float:
+def _distance_of(fit: Fit, shape: tuple[int, ...]) -> float:
     """The relative distance of a fitted weight to the group matrices; exactly 0 without a residual."""
     structure = fit.structure
     if not (structure.displacement or structure.lowrank):

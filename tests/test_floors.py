@@ -18,7 +18,8 @@ FLOORS = (
     ("reporting",),
     ("pipeline", "storage"),
     ("runs",),
-    ("cli", "__init__", "__main__"),
+    ("cli", "__init__"),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PURE = {"groups": {"torch"}, "structure": {"torch.nn"}, "projection": {"torch.nn"}}  # what a room may never import

@@ -33,7 +33,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert (tmp_path / "report.html").is_file()
-    assert scope["layer"].structure.parameters((1024, 1024)) == 4096
+    assert scope["layer"].structure.parameters((1024, 1024)) == 3072
 
 
 @pytest.fixture(scope="module")
