@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from gmcompress.cli import main
 from PIL import Image
 from safetensors.torch import save_file
+
+from gmcompress.cli import main
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
