@@ -77,15 +77,15 @@ def build(settings: Settings, *, trained: bool = True) -> nn.Module:
     if trained and settings.pretrained == bool(settings.checkpoint):
         which = "both pretrained and a checkpoint were given" if settings.pretrained else "it has no trained weights"
         raise GMError(f"{name}: {which}; give either pretrained or the file of its weights as checkpoint")
+    if trained and settings.pretrained:
+        _check_classifier(name, settings.num_classes)
     torch.manual_seed(settings.seed)
     try:
         model = timm.create_model(name, pretrained=trained and settings.pretrained, **options)
     except Exception as problem:  # networks refuse options, and downloads fail, in many ways
         said = " ".join(str(problem).split())[:300]
         raise GMError(f"timm cannot build {name!r} with {options}: {type(problem).__name__}: {said}") from problem
-    if trained and settings.pretrained:
-        _check_classifier(model, name)
-    elif trained and settings.checkpoint:
+    if trained and settings.checkpoint:
         _load_weights(model, settings.checkpoint, name)
     return model.eval()
 
@@ -116,12 +116,14 @@ def model_options(settings: Settings) -> dict[str, Any]:
     return options
 
 
-def _check_classifier(model: nn.Module, name: str) -> None:
-    trained, wanted = model.pretrained_cfg["num_classes"], model.num_classes  # type: ignore[index]
-    if trained != wanted:
+def _check_classifier(name: str, wanted: int | None) -> None:
+    import timm
+
+    config = None if ":" in name else timm.get_pretrained_cfg(name)
+    if config is not None and wanted not in (None, config.num_classes):
         raise GMError(
-            f"the pretrained {name} knows {trained} classes, so with num_classes={wanted} its classifier would be "
-            "random; train the dense network on your classes first and give its weights as checkpoint"
+            f"the pretrained {name} knows {config.num_classes} classes, so with num_classes={wanted} its classifier "
+            "would be random; train the dense network on your classes first and give its weights as checkpoint"
         )
 
 

@@ -1,0 +1,302 @@
+"""The commands: each parses, makes one public call, and prints what it gave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import GMError
+from ..reporting import Report
+from ..runs import (
+    FAMILIES,
+    Progress,
+    benchmark_run,
+    compress_run,
+    demo_run,
+    group_facts,
+    plan_run,
+    read_report,
+    setting_kinds,
+    train_run,
+    validate_run,
+)
+from ..tables import percent
+from . import flags
+from .flags import Parser, add_settings, parse
+from .printing import Table, show, watching
+
+Given = dict[str, Any]
+Answer = tuple[Any, list[str | Table]]  # for --json, and for people
+
+
+class Command(NamedTuple):
+    """A command: what it does in a line, the flags it takes, an example, and the function behind it."""
+
+    run: Callable[[Given, Progress], Answer]
+    text: str
+    settings: dict[str, dict[str, str]]
+    examples: tuple[str, ...]
+    more: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 where what was given cannot be used, 130 where interrupted."""
+    torch.set_flush_denormal(True)  # tiny numbers slow a CPU down by an order of magnitude
+    try:
+        parser, commands = make_parser()
+        given = parse(parser, commands, argv)
+        name, as_json = given.pop("command"), given.pop("json", False)
+        if name is None:
+            parser.print_help()
+            return 0
+        with watching(quiet=as_json) as progress:
+            data, parts = COMMANDS[name].run(given, progress)
+        if as_json:
+            print(json.dumps(data, indent=1))
+        else:
+            show(parts)
+    except GMError as problem:
+        print("gmcompress: error:", " ".join(str(problem).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gmcompress: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and those of the commands."""
+    text = "Make a trained network smaller: group matrices plus residuals of low rank, fine-tuned and reported."
+    parser = Parser(
+        prog="gmcompress", description=text, allow_abbrev=False, epilog="gmcompress COMMAND --help says more."
+    )
+    parser.add_argument("--version", action="version", version=f"gmcompress {version('gmcompress')}")
+    places = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    made: dict[str, Parser] = {}
+    for name, command in COMMANDS.items():
+        one = places.add_parser(
+            name,
+            help=command.text,
+            description=command.text[0].upper() + command.text[1:] + ".",
+            epilog="\n".join(["examples:", *(f"  gmcompress {name} {each}".rstrip() for each in command.examples)]),
+            usage=" ".join(["gmcompress", name, *(["FOLDER"] if name == "report" else []), "[flags]"]),
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
+            allow_abbrev=False,
+        )
+        for names, options in command.more:
+            one.add_argument(*names, **{"default": argparse.SUPPRESS, **options})
+        for title, texts in command.settings.items():
+            add_settings(one, title, texts)
+        one.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print nothing but JSON")
+        made[name] = one
+    return parser, made
+
+
+def _settings(given: Given) -> Given:
+    """What was given of the settings, without the command's own flags."""
+    return {name: value for name, value in given.items() if name in setting_kinds()}
+
+
+def _output(given: Given) -> Path:
+    name = str(given.get("model") or "model").rsplit("/", 1)[-1].replace(":", "-")
+    folder = Path(given.get("output") or f"gmcompress-{name}")
+    return folder / given["experiment"] if given.get("experiment") else folder
+
+
+def _reported(report: Report, folder: Path) -> Answer:
+    """A report as JSON, and its main table for people."""
+    data = {"folder": str(folder), "summary": report.summary, "report": json.loads(report.to_json())}
+    saved = Table("", ["", "dense#", "compressed#", "kept#"], report.savings())
+    return data, [report.summary, saved, f"written to {folder}: model/, report.html, report.json"]
+
+
+def _plan(given: Given, _progress: Progress) -> Answer:
+    plan = plan_run(_settings(given))
+    return plan.to_dict(), [str(plan)]
+
+
+def _compress(given: Given, progress: Progress) -> Answer:
+    folder = _output(given)
+    return _reported(compress_run(_settings(given), folder, progress=progress), folder)
+
+
+def _train(given: Given, progress: Progress) -> Answer:
+    resumed = given.get("resume")
+    if resumed and (given.get("output") or given.get("experiment")):
+        raise GMError("--resume FOLDER goes on in that folder, so --output and --experiment do not go with it")
+    folder = Path(resumed) if resumed else _output(given)
+    report = train_run(_settings(given), folder, resume=bool(resumed), progress=progress)
+    return _reported(report, folder)
+
+
+def _validate(given: Given, progress: Progress) -> Answer:
+    name, model, found = validate_run(_settings(given), progress=progress)
+    parameters = sum(each.numel() for each in model.parameters())
+    data = {"network": name, "parameters": parameters, **asdict(found)}
+    row = (name, f"{parameters:,}", f"{found.images:,}", f"{found.top1:.2f}", f"{found.top5:.2f}")
+    return data, [Table("", ["network", "parameters#", "images#", "top-1, %#", "top-5, %#"], [row])]
+
+
+def _benchmark(given: Given, progress: Progress) -> Answer:
+    rows = benchmark_run(_settings(given), repeats=given.get("repeats", 15), progress=progress)
+    columns = ["batch#", "network", "parameters#", "multiply-adds#", "latency, ms#", "spread, ms#", "of dense#"]
+    cells = [
+        (
+            row["batch"],
+            row["network"],
+            f"{row['parameters']:,}",
+            f"{row['macs']:,}",
+            f"{row['latency_ms']:.2f}",
+            f"{row['latency_spread_ms']:.2f}",
+            f"×{row['ratio']:.2f}",
+        )
+        for row in rows
+    ]
+    first = rows[0]
+    how = f"medians over interleaved runs; {first['device']}, {first['dtype']}, threads: {first['threads']}"
+    return {"rows": rows}, [Table("", columns, cells), how]
+
+
+def _report(given: Given, _progress: Progress) -> Answer:
+    report = read_report(given["folder"])
+    if "html" not in given:
+        return json.loads(report.to_json()), [str(report)]
+    report.save(given["html"])
+    return {"html": given["html"]}, [f"written to {given['html']}"]
+
+
+def _groups(given: Given, _progress: Progress) -> Answer:
+    text = given.get("group_string")
+    if text is None:
+        facts = [group_facts(each) | {"what": what} for each, what in FAMILIES.items()]
+        rows = [(each["group"], each["order"], "yes" if each["abelian"] else "no", each["what"]) for each in facts]
+        return facts, [Table("Groups, as they are written", ["group", "order#", "abelian", "what it is"], rows)]
+    found = group_facts(text)
+    normal = found["normal_subgroups"]
+    quotients = [f"{each} ({group_facts(each)['order']})" for each in found["quotients"]]
+    lines = [
+        ("order", found["order"]),
+        ("abelian", "yes" if found["abelian"] else "no"),
+        ("exponent", found["exponent"]),
+        ("generators", found["generators"]),
+        ("normal subgroups", "not counted, there may be very many" if normal is None else normal),
+        ("quotients (order)", ", ".join(quotients)),
+    ]
+    return found, [Table(found["group"], ["", "value"], lines)]
+
+
+def _demo(given: Given, progress: Progress) -> Answer:
+    folder = Path(given.get("output") or "gmcompress-demo")
+    report = demo_run(folder, smoke=given.get("smoke", False), seed=given.get("seed", 0), progress=progress)
+    data, (summary, _, written) = _reported(report, folder)
+    sizes = {name: (report.before if name == "dense" else report.after).parameters for name in report.accuracy}
+    rows = [
+        (name, f"{sizes[name]:,}", percent(sizes[name], sizes["dense"]), f"{top1:.2f}")
+        for name, top1 in report.accuracy.items()
+    ]
+    table = Table("", ["network", "parameters#", "kept#", "top-1 on 360 digits, %#"], rows)
+    return data, [summary, table, written]
+
+
+CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "YAML file that sets defaults; the command line wins"})
+OUTPUT = (("--output",), {"metavar": "FOLDER", "help": "where to write (default: gmcompress-MODEL)"})
+EXPERIMENT = (("--experiment",), {"metavar": "NAME", "help": "a folder of this name inside --output"})
+RESUME = (("--resume",), {"metavar": "FOLDER", "help": "go on with the run in this folder, exactly where it stopped"})
+SIZE = {"img_size": flags.IMAGES["img_size"]}
+DENSE = {name: text for name, text in flags.NETWORK.items() if name != "compressed"}
+
+COMMANDS = {
+    "demo": Command(
+        _demo,
+        "train, compress and fine-tune a small network on handwritten digits; nothing to download",
+        {},
+        ("", "--output somewhere"),
+        (
+            (("--output",), {"metavar": "FOLDER", "help": "where to write (default: gmcompress-demo)"}),
+            (("--seed",), {"type": int, "metavar": "N", "help": "seed of all random numbers (default: 0)"}),
+            (("--smoke",), {"action": "store_true", "help": "a few seconds, to see that everything works"}),
+        ),
+    ),
+    "plan": Command(
+        _plan,
+        "show what compress would do, layer by layer; no weights are needed",
+        {"network": DENSE, "compression": flags.COMPRESSION, "images": SIZE},
+        (
+            "--model resnet50 --group C32xC32",
+            "--model vit_base_patch16_224 --group C8xC8 --rank 2 --exclude 're:.*qkv'",
+        ),
+        (CONFIG,),
+    ),
+    "compress": Command(
+        _compress,
+        "compress a trained network without training it, and report",
+        {"network": DENSE, "compression": flags.COMPRESSION, "images": flags.IMAGES, "machine": flags.MACHINE},
+        (
+            "--model resnet50 --pretrained --group C8xC8 --output small",
+            "--model resnet18 --checkpoint best.safetensors",
+        ),
+        (CONFIG, OUTPUT, EXPERIMENT),
+    ),
+    "train": Command(
+        _train,
+        "compress a trained network, fine-tune it with the dense one as its teacher, and report",
+        {
+            "network": flags.NETWORK,
+            "compression": flags.COMPRESSION,
+            "images": flags.IMAGES,
+            "training images": flags.AUGMENTATION,
+            "training": flags.TRAINING,
+            "machine": flags.MACHINE,
+        },
+        (
+            "--model resnet50 --pretrained --data-dir imagenet/ --group C8xC8 --epochs 10 --output small",
+            "--resume small",
+        ),
+        (CONFIG, OUTPUT, EXPERIMENT, RESUME),
+    ),
+    "validate": Command(
+        _validate,
+        "measure the top-1 and top-5 accuracy of a network, dense or compressed",
+        {"network": flags.NETWORK, "images": flags.IMAGES, "machine": flags.MACHINE},
+        ("--compressed small --data-dir imagenet/", "--model resnet50 --pretrained --data-dir imagenet/"),
+        (CONFIG,),
+    ),
+    "benchmark": Command(
+        _benchmark,
+        "time a network dense, compressed and densified, in turns, at batch 1 and at a large batch",
+        {
+            "network": flags.NETWORK,
+            "compression": flags.COMPRESSION,
+            "images": SIZE | {"batch_size": "images in the large batch"},
+            "machine": {"device": flags.MACHINE["device"]},
+        },
+        ("--model resnet50 --group C8xC8 -b 64", "--compressed small"),
+        (CONFIG, (("--repeats",), {"type": int, "metavar": "N", "help": "timed runs of each (default: 15)"})),
+    ),
+    "report": Command(
+        _report,
+        "print the report in the output of compress, train or demo, or write it as a page",
+        {},
+        ("small", "small --html report.html"),
+        (
+            (("folder",), {"metavar": "FOLDER", "help": "the output of a run"}),
+            (("--html",), {"metavar": "FILE", "help": "write one self-contained HTML page, in place of printing"}),
+        ),
+    ),
+    "groups": Command(
+        _groups,
+        "list the families of groups, or the facts about one",
+        {},
+        ("", "D4xC2"),
+        ((("group_string",), {"nargs": "?", "metavar": "GROUP", "help": "a group, such as D4xC2 or C2^3"}),),
+    ),
+}

@@ -1,0 +1,178 @@
+"""The flags: one for every setting, in groups, named as timm names them; their types and defaults are the settings'."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_origin
+
+from ..errors import GMError, nearest_names
+from ..runs import read_yaml, setting_defaults, setting_kinds, typed
+
+NETWORK = {
+    "model": "a network that timm knows: resnet50, vit_base_patch16_224, hf-hub:..., local-dir:...",
+    "pretrained": "with the weights that timm has for it (downloaded once)",
+    "checkpoint": "with the trained weights in this file, .safetensors or a checkpoint of timm",
+    "compressed": "the folder of a compressed network, written by compress or train",
+    "num_classes": "number of classes, where it is not the model's own",
+    "in_chans": "channels of the images, where they are not the model's own",
+    "model_kwargs": "further arguments of timm.create_model",
+}
+COMPRESSION = {
+    "group": "the largest symmetry allowed; a layer gets its largest quotient that fits (see: gmcompress groups)",
+    "rank": "rank of the residual beside the group matrix of every layer; 0 for none",
+    "residual": "kind of the residual",
+    "include": "layers to compress although they are stem or classifier: globs, or re:PATTERN",
+    "exclude": "layers to leave dense",
+    "override": "another group or structure for some layers, or none to leave them dense; the first match wins",
+}
+IMAGES = {
+    "data_dir": "folder of class folders, or a tar of them; splits inside it as train/ and validation/, or .tar",
+    "dataset": "digits (scikit-learn's), or a data set that timm finds by name: hfds/..., torch/cifar10, wds/...",
+    "dataset_download": "download it, where timm can",
+    "val_split": "name of the split to judge on",
+    "class_map": "file that numbers the classes, one name a line",
+    "batch_size": "images in a batch",
+    "workers": "processes that load images",
+    "img_size": "pixels a side, where it is not the model's own",
+    "use_test_size": "judge at the larger size at which timm publishes accuracies, where the model has one",
+    "mean": "mean of the normalisation, one number or one for each channel",
+    "std": "standard deviation of the normalisation",
+    "crop_pct": "share of the resized image that the centre crop keeps",
+    "crop_mode": "how the centre of a resized image is taken",
+    "interpolation": "how images are resized: bilinear, bicubic",
+}
+AUGMENTATION = {
+    "train_split": "name of the split to train on",
+    "no_aug": "no augmentation at all",
+    "train_crop_mode": "random crops: rrc takes any part, rkrc and rkrr most of the image",
+    "scale": "smallest and largest share of the image that a crop takes",
+    "ratio": "smallest and largest aspect ratio of a crop",
+    "hflip": "probability of a mirror image, left to right",
+    "vflip": "probability of a mirror image, top to bottom",
+    "color_jitter": "strength of random brightness, contrast and saturation",
+    "aa": "AutoAugment or RandAugment policy, such as rand-m9-mstd0.5",
+    "train_interpolation": "how crops are resized: random, bilinear, bicubic",
+    "reprob": "probability of erasing a random rectangle",
+    "remode": "what erased rectangles are filled with",
+    "recount": "largest number of erased rectangles",
+}
+TRAINING = {
+    "epochs": "passes over the training images",
+    "opt": "optimizer, by timm's name; auto is Nesterov SGD for networks with BatchNorm, else AdamW",
+    "lr": "learning rate; by default 0.01, or 3e-4 for Adam and its kin",
+    "weight_decay": "weight decay",
+    "momentum": "momentum of the optimizer",
+    "warmup_epochs": "epochs over which the learning rate rises, before its cosine falls to zero",
+    "clip_grad": "largest norm of the gradients; 0 for no limit",
+    "model_ema": "the result is a moving average of the weights",
+    "model_ema_decay": "decay of that average",
+    "distillation": "weight of the loss against the dense network's outputs",
+    "task": "weight of the loss against the labels",
+    "temperature": "temperature of the distillation",
+    "recalibrate": "re-estimate BatchNorm statistics before training: auto is where it helps",
+    "amp": "mixed precision; by default on a GPU only",
+    "amp_dtype": "its type",
+}
+MACHINE = {
+    "device": "cpu, cuda or cuda:1; by default the first GPU, if there is one",
+    "seed": "seed of all random numbers",
+}
+SHORT = {"batch_size": "-b", "workers": "-j"}
+CHOICES = {
+    "residual": ("displacement", "lowrank"),
+    "recalibrate": ("auto", "always", "never"),
+    "amp_dtype": ("bfloat16", "float16"),
+    "train_crop_mode": ("rrc", "rkrc", "rkrr"),
+    "crop_mode": ("center", "squash", "border"),
+    "remode": ("const", "rand", "pixel"),
+}
+UNDONE = ("pretrained", "model_ema", "amp")  # also as --no-..., against a file of defaults
+METAVARS = {
+    "group": "GROUP",
+    "model_kwargs": "KEY=VALUE",
+    "override": "PATTERN=VALUE",
+    "include": "PATTERN",
+    "exclude": "PATTERN",
+    "checkpoint": "FILE",
+    "class_map": "FILE",
+    "compressed": "FOLDER",
+    "data_dir": "FOLDER",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are GMErrors, so that they are told like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls when it cannot go on."""
+        raise GMError(f"{message} (see: {self.prog} --help)")
+
+
+def add_settings(parser: argparse.ArgumentParser, title: str, texts: Mapping[str, str]) -> None:
+    """One flag for each of these settings; what is not given does not appear in the result."""
+    kinds, defaults = setting_kinds(), setting_defaults()
+    group = parser.add_argument_group(title)
+    for name, text in texts.items():
+        flags = [*([SHORT[name]] if name in SHORT else []), "--" + name.replace("_", "-")]
+        default = defaults[name]
+        shown = "" if isinstance(default, bool) or default in (None, "", []) else f" (default: {default})"
+        group.add_argument(*flags, help=text.replace("%", "%%") + shown, **_kind_options(name, kinds[name]))
+
+
+def _kind_options(name: str, kind: Any) -> dict[str, Any]:
+    """The arguments of add_argument for a setting of this type."""
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    if isinstance(kind, UnionType):
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction if name in UNDONE else "store_true"}
+    names = {int: "N", float: "X", str: "NAME"}
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+        options |= {"nargs": "+"} | ({"action": "extend"} if kind is str else {})
+    options |= {"type": partial(_read, name, kind)}
+    if name in CHOICES:
+        return options | {"choices": CHOICES[name]}
+    return options | {"metavar": METAVARS.get(name, names[kind])}
+
+
+def _read(name: str, kind: Any, text: str) -> Any:
+    try:
+        return typed(name, kind, text)
+    except GMError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
+def parse(parser: Parser, commands: Mapping[str, Parser], argv: Sequence[str] | None) -> dict[str, Any]:
+    """What was given, by name: the values in the file of --config, and over them the command line.
+
+    Raises:
+        GMError: an unknown flag, or an unknown name in the file; with the nearest ones.
+    """
+    found, extra = parser.parse_known_args(argv)
+    given = vars(found)
+    own = commands.get(given.get("command") or "", parser)
+    for each in extra:
+        flag = each.split("=")[0]
+        if flag.startswith("-"):
+            raise GMError(f"unknown flag {flag}; the nearest are {nearest_names(flag, _flags(own))}")
+        raise GMError(f"{each!r} belongs to no flag (see: {own.prog} --help)")
+    file = given.pop("config", None)
+    if file is None:
+        return given
+    config = read_yaml(Path(file))
+    known = {action.dest for action in own._actions} | set(setting_kinds())
+    for name in config:
+        if name not in known - {"help", "config", "command"}:
+            flags = {"--" + each.replace("_", "-") for each in known}
+            near = nearest_names("--" + name.replace("_", "-"), flags)
+            raise GMError(f"{file}: there is no flag for {name!r}; the nearest are {near}")
+    return config | given
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]
