@@ -74,21 +74,27 @@ class Bench:
             file.write(json.dumps(whole, ensure_ascii=False) + "\n")
 
 
-def largest_rank(structure: gm.Structure, residual: str, shape: tuple[int, ...], budget: float) -> int:
-    """The largest rank of a residual with which a weight of this shape stores at most `budget` of its numbers.
+def with_largest_rank(
+    structure: gm.Structure, residual: str, shape: tuple[int, ...], budget: float, *, split: bool = False
+) -> gm.Structure:
+    """The structure with the largest rank with which a weight of this shape stores at most `budget` of its numbers.
 
     Raises:
         GMError: the group matrix alone stores more.
 
-    >>> largest_rank(gm.Structure.parse("C4"), "lowrank", (64, 64, 3, 3), 0.5)
-    14
+    >>> with_largest_rank(gm.Structure.parse("C4"), "lowrank", (64, 64, 3, 3), 0.5)
+    Structure.parse('C4+lowrank:14')
+    >>> with_largest_rank(gm.Structure.parse("C4"), "lowrank", (64, 64, 3, 3), 0.5, split=True)
+    Structure.parse('C4+lowrank:24:split')
     """
-    bare, one = (structure.with_rank(rank, residual=residual).parameters(shape) for rank in (0, 1))
+    bare = structure.with_rank(0, residual=residual).parameters(shape)
+    one = structure.with_rank(1, residual=residual, split=split).parameters(shape)
     room = int(budget * prod(shape)) - bare
     if room < 0:
         raise GMError(f"{structure} alone stores {bare:,} of {prod(shape):,} numbers, more than a share of {budget}")
     limit = min(shape[0], prod(shape[1:])) if residual == "lowrank" else structure.rows.size - 1
-    return min(room // (one - bare), limit)
+    rank = min(room // (one - bare), limit)
+    return structure.with_rank(rank, residual=residual, split=split and rank > 0)
 
 
 def compress(model: nn.Module, text: str, budget: float) -> gm.Result:
@@ -97,8 +103,10 @@ def compress(model: nn.Module, text: str, budget: float) -> gm.Result:
     Raises:
         GMError: the structure is malformed or fits no layer, or stores more than the budget.
     """
-    automatic = text.endswith(":auto")
-    head, plus, residual = text.removesuffix(":auto").rpartition("+") if automatic else (text, "+", "")
+    split = text.endswith(":auto:split")
+    automatic = split or text.endswith(":auto")
+    stem = text.removesuffix(":split").removesuffix(":auto")
+    head, plus, residual = stem.rpartition("+") if automatic else (text, "+", "")
     if not plus:
         raise GMError(f'{text!r} names no residual; "C4+lowrank:auto" and "C4+displacement:auto" do')
     asked = gm.Structure.parse(head)
@@ -109,8 +117,8 @@ def compress(model: nn.Module, text: str, budget: float) -> gm.Result:
     overrides = {}
     for name, written in plan.layers.items():
         structure = gm.Structure.parse(written)
-        rank = largest_rank(structure, residual, plan.site(name).shape, budget)
-        overrides[name] = str(structure.with_rank(rank, residual=residual))
+        shape = plan.site(name).shape
+        overrides[name] = str(with_largest_rank(structure, residual, shape, budget, split=split and len(shape) == 4))
     return gm.compress(model, asked.group, rank=0, overrides=overrides)
 
 

@@ -20,7 +20,8 @@ class GMLayer(nn.Module, ABC):
     """What the layers share: the stored tensors of a structure, and `.weight`, the dense weight computed from them.
 
     Parameters: `kernel` (o, i, n, *taps) for o × i blocks of group matrices, with displacement rank r `gates` (o, r, n)
-    and `filters` (o, r, i, n, *taps), with low rank s `left` (rows, s) and `right` (s, columns, *taps); `bias` (rows).
+    and `filters` (o, r, i, n, *taps), with low rank s `left` (rows, s) and `right` (s, columns, *taps), or
+    (rows, ky, s) and (s, columns, kx) where split; `bias` (rows).
     `.weight` is differentiable and has the shape, dtype and device of the dense layer's; it cannot be assigned.
     """
 

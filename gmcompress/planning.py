@@ -6,7 +6,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import gcd, prod
 from typing import Any
 
@@ -175,7 +175,7 @@ def _site_from(value: Any) -> Site:
 
 def _literal(site: Site, structure: Structure) -> Structure:
     """The structure, once it is known to fit the site as it stands."""
-    structure.blocks(site.shape)
+    structure.shapes(site.shape)
     if site.shape[0] // site.conv_groups % structure.rows.size:
         raise GMError(f"{structure} does not fit {site.name!r}: {site.shape[0]} rows in {site.conv_groups} groups")
     return structure
@@ -194,6 +194,7 @@ def choose(
 ) -> Plan:
     """The literal plan: on every eligible layer the largest fitting quotient of `group` with a residual of this rank.
 
+    A low rank on a k×k convolution is taken of rows·ky × columns·kx, the taps split between the two sides.
     A rule is a glob on names ("layer3.*"), a regular expression on whole names ("re:.*conv[12]") or a module type.
     `exclude` goes first, then the first matching override, then `include`, which brings stem and classifier in.
 
@@ -274,18 +275,21 @@ def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Struc
     if site.obstacle:
         return site.obstacle
     overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
-    wanted = default
+    wanted, ranked = default, True  # ranked: the residual is the default one, not written out in an override
     if overriding is not None:
         value = rules.overrides[overriding]
         if value is None:
             return f"left dense by the override {_shown(overriding)}"
         wanted = Structure.parse(value)
         if isinstance(value, Group) or (isinstance(value, str) and "+" not in value):
-            wanted = Structure(
-                wanted.group, wanted.rows, wanted.columns, wanted.taps, default.displacement, default.lowrank
-            )
+            ranks: dict[str, Any] = {"displacement": default.displacement, "lowrank": default.lowrank}
+            wanted = Structure(wanted.group, wanted.rows, wanted.columns, wanted.taps, **ranks)
+        else:
+            ranked = False
     elif site.role and not any(matches(rule, site) for rule in rules.include):
         return f"it is the {site.role}, left dense unless include names it"
+    if ranked and wanted.lowrank and len(site.shape) == 4 and min(site.shape[2:]) > 1:
+        wanted = replace(wanted, split=True)  # nearer to trained kernels than rows × columns·taps, at fewer numbers
     return _fitted(site, wanted)
 
 
@@ -296,17 +300,17 @@ def _shown(rule: Rule) -> str:
 def _fitted(site: Site, wanted: Structure) -> Structure | str:
     """The structure on the largest quotient that fits the widths (one with other sets is literal), or the reason."""
     rows, columns = site.shape[0] // site.conv_groups, site.shape[1]
-    if wanted == Structure.regular(wanted.group, displacement=wanted.displacement, lowrank=wanted.lowrank):
+    ranks: dict[str, Any] = {key: getattr(wanted, key) for key in ("displacement", "lowrank", "split")}
+    if wanted == Structure.regular(wanted.group, **ranks):
         quotient = largest_quotient(wanted.group, gcd(rows, columns))
         if quotient.order == 1:
             each = " in each convolution group" if site.conv_groups > 1 else ""
             return f"{rows} rows and {columns} columns{each} admit no quotient of {wanted.group} but the trivial one"
-        wanted = Structure.regular(quotient, displacement=wanted.displacement, lowrank=wanted.lowrank)
-    else:
-        try:
-            _literal(site, wanted)
-        except GMError as problem:
-            return str(problem)
+        wanted = Structure.regular(quotient, **ranks)
+    try:
+        _literal(site, wanted)
+    except GMError as problem:
+        return str(problem)
     dense, stored = prod(site.shape), wanted.parameters(site.shape)
     if stored >= dense:
         return f"{wanted} would store {stored:,} numbers, the dense layer {dense:,}"

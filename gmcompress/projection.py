@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .errors import GMError
 from .groups import Group
-from .structure import Structure, as_structure, check_weight, diagonals, expand, orbit_means
+from .structure import (
+    Structure,
+    as_structure,
+    as_view,
+    check_weight,
+    diagonals,
+    expand,
+    lowrank_weight,
+    orbit_means,
+)
 
 SWEEPS = 100  # of the alternating projections of group part and low rank; they stop earlier when nothing moves
 
@@ -71,9 +80,10 @@ def relative_error(approximation: Tensor, weight: Tensor) -> float:
 
 def _check_ranks(structure: Structure, shape: tuple[int, ...]) -> None:
     _, i, carried = structure.blocks(shape)
+    left = prod(structure.shapes(shape).get("left", (shape[0], 1))[:-1])  # rows of the matrix of low rank
     limits = {
         "displacement": min(structure.rows.size - 1, i * structure.points * carried),
-        "lowrank": min(shape[0], prod(shape[1:])),
+        "lowrank": min(left, prod(shape) // left),
     }
     for what, limit in limits.items():
         rank = getattr(structure, what)
@@ -98,9 +108,11 @@ def _group_part(weight: Tensor, structure: Structure) -> dict[str, Tensor]:
     return {"kernel": kernel, "gates": gates, "filters": filters}
 
 
-def _low_rank(weight: Tensor, rank: int) -> dict[str, Tensor]:
-    u, s, vh = truncated_svd(weight.flatten(1), rank)
-    return {"left": u * s.sqrt(), "right": (s.sqrt()[:, None] * vh).reshape(rank, *weight.shape[1:])}
+def _low_rank(weight: Tensor, structure: Structure) -> dict[str, Tensor]:
+    u, s, vh = truncated_svd(as_view(weight, structure), structure.lowrank)
+    shapes = structure.shapes(weight.shape)
+    left, right = u * s.sqrt(), s.sqrt()[:, None] * vh
+    return {"left": left.reshape(shapes["left"]), "right": right.reshape(shapes["right"])}
 
 
 def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,8 +121,8 @@ def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -
     group, error = start, float("inf")
     for _ in range(SWEEPS):
         rest = weight - expand(group, only_group, weight.shape)
-        low = _low_rank(rest, structure.lowrank)
-        rest = weight - (low["left"] @ low["right"].flatten(1)).reshape(weight.shape)
+        low = _low_rank(rest, structure)
+        rest = weight - lowrank_weight(low, structure, weight.shape)
         group = _group_part(rest, only_group)
         before, error = error, float((rest - expand(group, only_group, weight.shape)).norm())
         if error >= before * (1 - 1e-6):
@@ -147,7 +159,7 @@ def svd_error(weight: Tensor, stored: int, *, conv_groups: int = 1) -> float:
     apart = exact.reshape(conv_groups, exact.shape[0] // conv_groups, *exact.shape[1:])
     views = [apart.flatten(2)]
     if apart.dim() == 5 and apart.shape[3] > 1 and apart.shape[4] > 1:
-        views.append(apart.transpose(2, 3).flatten(3, 4).flatten(1, 2))
+        views.append(apart.transpose(2, 3).flatten(3).flatten(1, 2))
     total = float(exact.square().sum())
     errors = []
     for view in views:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Structure:
 
     Prints as, and parses from, one string: `group[rows,columns,taps]+displacement:r+lowrank:s`. The bracket is left out
     where the group acts on itself in rows and columns and leaves the taps alone; residuals of rank 0 are left out.
+    `lowrank:s:split` is a low rank of a convolution's rows·ky × columns·kx, in place of rows × columns·taps.
 
     >>> str(Structure.parse("C8xC8+displacement:2"))
     'C8xC8+displacement:2'
@@ -43,12 +45,15 @@ class Structure:
     taps: GSet | None = None  # None: the taps are carried along, each with its own group matrix
     displacement: int = 0
     lowrank: int = 0
+    split: bool = False  # whether the vertical taps of the low-rank part go with the rows
 
     def __post_init__(self) -> None:
         for what in ("displacement", "lowrank"):
             rank = getattr(self, what)
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
                 raise GMError(f"{what} rank must be an integer of at least 0, not {rank!r}")
+        if self.split and not self.lowrank:
+            raise GMError("only a low-rank residual can be split over the taps, and this structure has none")
         if self.displacement and not self.rows.is_regular:
             raise GMError(f"displacement rank is defined where the rows are the group itself, not {self.rows.name!r}")
 
@@ -71,12 +76,12 @@ class Structure:
         return found.with_rank(rank, residual=residual)
 
     @classmethod
-    def regular(cls, group: Group, *, displacement: int = 0, lowrank: int = 0) -> Structure:
+    def regular(cls, group: Group, *, displacement: int = 0, lowrank: int = 0, split: bool = False) -> Structure:
         """The group acting on itself in rows and columns, the taps carried along."""
         points = gset(group, "G")
-        return cls(group, points, points, None, displacement, lowrank)
+        return cls(group, points, points, None, displacement, lowrank, split)
 
-    def with_rank(self, rank: int, *, residual: str) -> Structure:
+    def with_rank(self, rank: int, *, residual: str, split: bool = False) -> Structure:
         """The same group matrices with a residual of this rank in place of the present ones.
 
         Raises:
@@ -85,7 +90,7 @@ class Structure:
         if residual not in ("displacement", "lowrank"):
             raise GMError(f'residual must be "displacement" or "lowrank", not {residual!r}')
         ranks = {"displacement": 0, "lowrank": 0, residual: rank}
-        return Structure(self.group, self.rows, self.columns, self.taps, **ranks)
+        return Structure(self.group, self.rows, self.columns, self.taps, **ranks, split=split)
 
     def __str__(self) -> str:
         if not self.group.name:
@@ -95,7 +100,8 @@ class Structure:
         sets = [self.rows.name, self.columns.name] + ([self.taps.name] if self.taps else [])
         bracket = "" if sets == ["G", "G"] else f"[{','.join(sets)}]"
         ranks = [("displacement", self.displacement), ("lowrank", self.lowrank)]
-        return self.group.name + bracket + "".join(f"+{name}:{rank}" for name, rank in ranks if rank)
+        residuals = "".join(f"+{name}:{rank}" for name, rank in ranks if rank)
+        return self.group.name + bracket + residuals + (":split" if self.split else "")
 
     def __repr__(self) -> str:
         return f"Structure.parse({str(self)!r})"
@@ -162,7 +168,12 @@ class Structure:
         if self.displacement:
             found["gates"] = (o, self.displacement, self.group.order)
             found["filters"] = (o, self.displacement, *inner)
-        if self.lowrank:
+        if self.lowrank and self.split:
+            if len(shape) != 4:
+                raise GMError(f"{self} splits the taps of a convolution, but the weight has shape {tuple(shape)}")
+            found["left"] = (shape[0], shape[2], self.lowrank)
+            found["right"] = (self.lowrank, shape[1], shape[3])
+        elif self.lowrank:
             found["left"] = (shape[0], self.lowrank)
             found["right"] = (self.lowrank, *shape[1:])
         return found
@@ -178,12 +189,13 @@ def _read(text: str | Group) -> Structure:
     if isinstance(text, Group):
         return Structure.regular(text)
     head, *residuals = text.split("+")
-    ranks: dict[str, int] = {}
+    ranks: dict[str, Any] = {}
     for each in residuals:
-        match = re.fullmatch(r"(displacement|lowrank):([0-9]{1,6})", each.strip())
-        if match is None or match[1] in ranks:
-            raise GMError(f'in {text[:80]!r}: {each[:40]!r} is no residual; "displacement:2" and "lowrank:2" are')
-        ranks[match[1]] = int(match[2])
+        match = re.fullmatch(r"(displacement|lowrank):([0-9]{1,6})(:split)?", each.strip())
+        if match is None or match[1] in ranks or (match[3] and match[1] != "lowrank"):
+            known = '"displacement:2", "lowrank:2" and "lowrank:2:split" are'
+            raise GMError(f"in {text[:80]!r}: {each[:40]!r} is no residual; {known}")
+        ranks |= {match[1]: int(match[2])} | ({"split": True} if match[3] else {})
     # the bracket of sets comes last and holds a comma outside <...>; the action of a semidirect product does not
     match = re.fullmatch(r"(.*)\[([^\[\],<]+(?:<[^>]*>)?(?:,[^\[\],<]+(?:<[^>]*>)?)+)\]\s*", head)
     group = parse_group((match[1] if match else head).strip())
@@ -269,9 +281,26 @@ def expand(
         flat = kernel.reshape(o, i, structure.orbits, carried).index_select(2, labels.flatten())
         weight = flat.reshape(o, i, size, points, carried).transpose(1, 2)
     weight = weight.reshape(tuple(shape))
-    if "left" in tensors:
-        weight = weight + (tensors["left"] @ tensors["right"].flatten(1)).reshape(tuple(shape))
-    return weight
+    return weight + lowrank_weight(tensors, structure, shape) if "left" in tensors else weight
+
+
+def lowrank_weight(tensors: Mapping[str, Tensor], structure: Structure, shape: Sequence[int]) -> Tensor:
+    """The low-rank part of a weight, left · right, of the weight's shape."""
+    product = tensors["left"].flatten(0, -2) @ tensors["right"].flatten(1)
+    return from_view(product, structure, shape)
+
+
+def as_view(weight: Tensor, structure: Structure) -> Tensor:
+    """The matrix of which the low-rank part is taken: rows × columns·taps, or rows·ky × columns·kx where split."""
+    return weight.transpose(1, 2).flatten(2).flatten(0, 1) if structure.split else weight.flatten(1)
+
+
+def from_view(matrix: Tensor, structure: Structure, shape: Sequence[int]) -> Tensor:
+    """The weight of which this is the matrix."""
+    if not structure.split:
+        return matrix.reshape(tuple(shape))
+    rows, columns, height, width = shape
+    return matrix.reshape(rows, height, columns, width).transpose(1, 2)
 
 
 def orbit_means(weight: Tensor, structure: Structure | Group | str) -> Tensor:  # -> kernel, as in Structure.shapes

@@ -186,6 +186,7 @@ STRUCTURES: list[tuple[str, tuple[int, ...]]] = [
     ("C4[G,G/<2>]+displacement:1", (4, 4)),
     ("C4+lowrank:2", (8, 8)),
     ("D4[G/<1>,G]+lowrank:1", (4, 8, 3, 3)),
+    ("C4+displacement:1+lowrank:2:split", (8, 4, 3, 2)),
     ("S3+displacement:1+lowrank:2", (6, 12)),
 ]
 
@@ -238,7 +239,10 @@ def slow_expand(tensors: Mapping[str, Tensor], structure: Structure, shape: Sequ
         weight[row, column, tap] = kernel[p, q, orbit, rest]
         for k in range(rank):
             weight[row, column, tap] += parts["gates"][p, k, x] * filters[p, k, q, orbit, rest]
-        if "left" in parts:
+        if "left" in parts and structure.split:
+            down, across = divmod(tap, shape[3])
+            weight[row, column, tap] += parts["left"][row, down] @ parts["right"][:, column, across]
+        elif "left" in parts:
             weight[row, column, tap] += parts["left"][row] @ parts["right"].reshape(-1, shape[1], taps)[:, column, tap]
     return torch.from_numpy(weight.reshape(tuple(shape)))
 

@@ -189,3 +189,19 @@ def test_the_dry_run_touches_no_weight():
     with pytest.raises(gm.GMError, match=r"layer '0'.*NaN"):
         gm.compress(model, "C4")
     assert torch.isnan(model[0].weight).all()
+
+
+def test_a_low_rank_splits_the_taps_of_spatial_kernels():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, (1, 3)))
+    made = gm.plan(model, "C4", residual="lowrank", include="0", overrides={"0": "C4+lowrank:2", "2": "C8"})
+    assert made.layers == {
+        "0": "C4+lowrank:2",  # written out: taken as it stands
+        "1": "C4+lowrank:1:split",
+        "2": "C8+lowrank:1",
+        "3": "C4+lowrank:1",
+    }
+    assert made.edit({"0": "C4+lowrank:1:split"}).layers["0"] == "C4+lowrank:1:split"
+    with pytest.raises(gm.GMError, match="splits the taps"):
+        gm.plan(net(16, 16), "C4").edit({"0": "C4+lowrank:1:split"})
+    result = gm.compress(model, plan=made, inputs=torch.randn(1, 16, 9, 9))
+    assert result.model[1].left.shape == (16, 3, 1)

@@ -136,7 +136,12 @@ def test_lowrank_never_worse_with_a_larger_rank(text: str, shape: tuple[int, ...
     ("text", "shape"),
     [
         *((text, shape) for text, shape in STRUCTURES if "lowrank" not in text),
-        *(("C8+lowrank:1", (16, 16)), ("C16+lowrank:2", (32, 32)), ("D4+lowrank:1", (16, 24))),
+        *(
+            ("C8+lowrank:1", (16, 16)),
+            ("C8+lowrank:1:split", (8, 16, 3, 3)),
+            ("C16+lowrank:2", (32, 32)),
+            ("D4+lowrank:1", (16, 24)),
+        ),
         *(("D4[G/<1>,G]+lowrank:1", (4, 8, 3, 3)), ("C4[G,G,grid3x3]+lowrank:1", (8, 8, 3, 3))),
     ],
 )
@@ -291,3 +296,15 @@ def test_svd_error_is_that_of_a_truncation(shape: tuple[int, ...], groups: int, 
     assert_close(svd_error(weight, 1, conv_groups=groups), 1.0)
     assert svd_error(weight, 10 * weight.numel(), conv_groups=groups) < 1e-7
     assert svd_error(torch.zeros(shape), 1, conv_groups=groups) == 0.0
+
+
+def test_split_taps_find_a_separable_kernel(generator: Generator) -> None:
+    """A kernel that is a vertical filter followed by a horizontal one has rank 1 split, and more in one piece."""
+    down, across = torch.randn(8, 3, generator=generator), torch.randn(8, 3, generator=generator)
+    weight = torch.einsum("oy,ix->oiyx", down, across).double()
+    assert project(weight, "C8+lowrank:1:split").relative_error < 1e-6
+    assert project(weight, "C8+lowrank:1").relative_error > 0.1
+    with pytest.raises(GMError, match="splits the taps of a convolution"):
+        project(weight[:, :, 0, 0], "C8+lowrank:1:split")
+    with pytest.raises(GMError, match="more than a weight"):
+        project(weight, "C8+lowrank:25:split")

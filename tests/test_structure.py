@@ -79,6 +79,7 @@ def test_rank_and_residual_add_to_a_string() -> None:
     assert str(Structure.parse("C4", rank=2)) == "C4+displacement:2"
     assert str(Structure.parse(group("C4"), rank=2, residual="lowrank")) == "C4+lowrank:2"
     assert str(Structure.parse(" C4 [G, G/<2>] + lowrank:1")) == "C4[G,G/<2>]+lowrank:1"
+    assert str(Structure.parse("C4+lowrank:3:split+displacement:1")) == "C4+displacement:1+lowrank:3:split"
     assert str(Structure.parse("C4[G,G]")) == "C4"
 
 
@@ -326,6 +327,7 @@ def test_which_rank_adds_up_under_products(name: str, generator: Generator) -> N
     "text",
     [
         *("", "C4[G]", "C4[G,G", "C4[G,H]", "C4[G,G,fixed2,G]", "C3[G,G,grid3x3]", "C4[G,G,grid3x2]", "C4[G/<7>,G]"),
+        *("C4+displacement:1:split", "C4+lowrank:0:split", "C4+lowrank:1:flat", "C4+lowrank:split"),
         *("C4+", "C4+lowrank", "C4+lowrank:1+lowrank:2", "C4+rank:1", "C4+displacement:-1", "C4+displacement:1.5"),
         *("D4[G/<1>,G]+displacement:1", "C4[G,G]xC2", "C4[fixed0,G]", "C4+lowrank:99999999"),
     ],
