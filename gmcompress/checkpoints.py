@@ -32,7 +32,8 @@ def save_checkpoint(
             tensors, numbers[name] = _taken_apart(part)
             write_tensors(beside / f"{name}.safetensors", tensors)
         write_json(beside / "checkpoint.json", numbers)
-    for old in _checkpoints(folder):
+    unfinished = folder.glob(".checkpoint-*")  # of a run that was killed while it wrote
+    for old in [*_checkpoints(folder), *unfinished]:
         if old != place:
             shutil.rmtree(old, ignore_errors=True)
 

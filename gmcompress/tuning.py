@@ -71,6 +71,12 @@ class Recipe:
             raise GMError(f'recalibrate is True, False or "auto", not {self.recalibrate!r}')
         if self.amp not in (None, "no", "bf16", "fp16"):
             raise GMError(f'amp is "no", "bf16" or "fp16", not {self.amp!r}')
+        if self.optimizer != "auto":
+            from timm.optim import list_optimizers
+
+            if self.optimizer not in (known := list_optimizers()):
+                near = nearest_names(self.optimizer, known)
+                raise GMError(f"timm knows no optimizer {self.optimizer!r}; the nearest are {near}")
 
 
 def fine_tune(
@@ -313,13 +319,9 @@ def _check_length(loader: Iterable[Any]) -> None:
 
 
 def _optimizer_of(model: nn.Module, recipe: Recipe) -> tuple[str, float]:
-    from timm.optim import list_optimizers
-
     name = recipe.optimizer
     if name == "auto":
         name = "nesterov" if any(isinstance(each, BATCH_NORMS) for each in model.modules()) else "adamw"
-    if name not in list_optimizers():
-        raise GMError(f"timm knows no optimizer {name!r}; the nearest are {nearest_names(name, list_optimizers())}")
     if not any(each.requires_grad for each in model.parameters()):
         raise GMError("every parameter of the model is frozen, so there is nothing to fine-tune")
     return name, recipe.lr if recipe.lr is not None else (3e-4 if "adam" in name else 0.01)

@@ -373,7 +373,7 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setitem(COMMANDS, "groups", COMMANDS["groups"]._replace(run=interrupted))
     assert main(["groups"]) == 130
-    assert capsys.readouterr().err == "gmcompress: interrupted\n"
+    assert capsys.readouterr().err.startswith("gmcompress: interrupted")
 
 
 def test_all_settings_have_defaults_that_can_be_given():

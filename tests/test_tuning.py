@@ -91,7 +91,9 @@ def test_an_interrupted_training_resumes_exactly(options, tmp_path, trained):
     with pytest.raises(KeyboardInterrupt):
         fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path / "cut", progress=stop)
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoint-0002"]
+    (tmp_path / "cut" / ".checkpoint-0003.half").mkdir()  # as a kill in the middle of writing leaves it
     resumed, again = fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path / "cut", resume=True)
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoint-0004"]
     assert [row["loss"] for row in again] == [row["loss"] for row in history]
     for key, each in whole.state_dict().items():
         assert torch.equal(each, resumed.state_dict()[key]), key

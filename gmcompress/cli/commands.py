@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from ..runs import (
     compress_run,
     demo_run,
     group_facts,
+    is_main,
     plan_run,
     read_report,
     setting_kinds,
@@ -58,17 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name is None:
             parser.print_help()
             return 0
-        with watching(quiet=as_json) as progress:
+        with watching(quiet=as_json or not is_main()) as progress:
             data, parts = COMMANDS[name].run(given, progress)
+        if not is_main():
+            return 0
         if as_json:
             print(json.dumps(data, indent=1))
         else:
             show(parts)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `gmcompress ... | head` has seen enough; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except GMError as problem:
         print("gmcompress: error:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("gmcompress: interrupted", file=sys.stderr)
+        print("gmcompress: interrupted; a training goes on with: gmcompress train --resume FOLDER", file=sys.stderr)
         return 130
     return 0
 

@@ -2,7 +2,7 @@
 
 from .demo import demo_run
 from .measuring import FAMILIES, benchmark_run, group_facts, plan_run, read_report, validate_run
-from .networks import Accuracy, Progress, accuracy, silent
+from .networks import Accuracy, Progress, accuracy, is_main, silent
 from .settings import Settings, read_yaml, setting_defaults, setting_kinds, typed
 from .training import compress_run, train_run
 
@@ -16,6 +16,7 @@ __all__ = [
     "compress_run",
     "demo_run",
     "group_facts",
+    "is_main",
     "plan_run",
     "read_report",
     "read_yaml",

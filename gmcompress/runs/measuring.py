@@ -49,6 +49,9 @@ def plan_run(settings: Mapping[str, Any]) -> Plan:
 
     Raises:
         GMError: as `compress`.
+
+    >>> plan_run({"model": "test_resnet", "group": "C4xC4", "img_size": 32}).layers["layer4.0.conv1"]
+    'C4xC4+displacement:1'
     """
     chosen = Settings.read(settings)
     model = build(chosen, trained=False)

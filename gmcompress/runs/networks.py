@@ -41,6 +41,9 @@ def find_device(name: str | None) -> torch.device:
 
     Raises:
         GMError: torch does not know the device, or has no such GPU.
+
+    >>> find_device("cpu")
+    device(type='cpu')
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,6 +62,11 @@ def find_device(name: str | None) -> torch.device:
         raise GMError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(number)  # accelerate goes where this points
     return torch.device("cuda", number)
+
+
+def is_main() -> bool:
+    """Whether this process is the only one, or the first of those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def build(settings: Settings, *, trained: bool = True) -> nn.Module:
@@ -196,6 +204,9 @@ def accuracy(
 
     Raises:
         GMError: the loader is empty, the model does not run on its batches, or a label is no class of the model.
+
+    >>> accuracy(nn.Linear(4, 2), [(torch.zeros(3, 4), torch.tensor([0, 0, 1]))]).top5
+    100.0
     """
     ready = shell(model)
     device = next(model.parameters()).device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from .networks import (
     compressed_folder,
     example_inputs,
     find_device,
+    is_main,
     model_options,
     silent,
     with_inherited,
@@ -84,13 +84,13 @@ def train_run(
     """
     place = Path(folder)
     chosen = _resumed(settings, place) if resume else _absolute(Settings.read(with_inherited(dict(settings))))
-    if not resume and _is_main():
+    if not resume and is_main():
         _check_new(place)
     recipe = chosen.recipe()
     dense = build(chosen).to(find_device(chosen.device))
     training, validation = make_loaders(chosen.images, dense)
     result = _compressed(chosen, dense, progress)
-    if _is_main():
+    if is_main():
         make_folder(place)
         write_yaml(place / ARGS, chosen)
     try:
@@ -111,7 +111,7 @@ def train_run(
     last = history[-1]["top1"] if history else accuracy(tuned, validation, progress=progress).top1
     final = with_ranks(tuned_result(result, tuned, history), progress)
     report = replace(final.report, accuracy=measured | {"tuned": last}, settings=shown_settings("train", chosen))
-    if _is_main():
+    if is_main():
         write_summary(place / SUMMARY, history)
         write_results(replace(final, report=report), place, chosen)
     return report
@@ -164,7 +164,7 @@ class _Follower:
     def __call__(self, epoch: int, step: int, steps: int, loss: float) -> None:
         if step == 1:
             self.total = 0.0
-            if _is_main():
+            if is_main():
                 write_summary(self.folder / SUMMARY, read_history(self.folder))
         if self.first < 0:
             self.first, self.begun = epoch, time.monotonic()
@@ -234,7 +234,7 @@ def _measured_before(result: Result, loader: DataLoader, folder: Path, progress:
     if path.is_file():
         return read_json(path)["accuracy"]
     found = _both(result, loader, progress)
-    if _is_main():
+    if is_main():
         write_json(path, {"accuracy": found})
     return found
 
@@ -262,11 +262,6 @@ def _resumed(given: Mapping[str, Any], folder: Path) -> Settings:
     return Settings.read(old | {name: new[name] for name in MAY_CHANGE if name in given})
 
 
-def _is_main() -> bool:
-    """Whether this process is the only one, or the first of those that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _check_new(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise GMError(f"{folder} exists and is not empty; give another output, or resume the run that it holds")
@@ -286,7 +281,7 @@ def make_folder(folder: Path) -> None:
 
 def _forget_start(folder: Path) -> None:
     """Take back what a run wrote that failed in its first epoch."""
-    if _is_main() and not read_history(folder):
+    if is_main() and not read_history(folder):
         for name in (ARGS, BEFORE):
             (folder / name).unlink(missing_ok=True)
         if not any(folder.iterdir()):
