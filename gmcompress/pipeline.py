@@ -96,9 +96,14 @@ def compress(
         new_layers[name], fit = _compress_layer(name, originals[name], Structure.parse(structure))
         rows.append(_row(name, originals[name], fit))
     small = replace(model, new_layers, inplace=inplace)
-    if inputs is not None:
-        check_outputs(expected, run(shell(small), inputs))
-    before, after = measure_together([dense, small], inputs)
+    try:
+        if inputs is not None:
+            check_outputs(expected, run(shell(small), inputs))
+        before, after = measure_together([dense, small], inputs)
+    except GMError:
+        if inplace:
+            replace(model, originals, inplace=True)  # as it was
+        raise
     report = Report(model_name(model), plan, before, after, tuple(rows))
     return Result(small, plan, report, teacher=None if inplace else model, inputs=inputs)
 

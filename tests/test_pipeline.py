@@ -111,6 +111,30 @@ def test_in_place_changes_the_model_itself_and_only_when_all_is_well():
     assert isinstance(broken.body, nn.Linear)
 
 
+class OnlyDense(nn.Module):
+    """Refuses to run once its layer is another."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.again = self.body
+
+    def forward(self, x):
+        if not isinstance(self.body, nn.Linear):
+            raise TypeError("not my layer")
+        return self.again(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_that_does_not_run_compressed_is_put_back(inplace):
+    model = OnlyDense()
+    body = model.body
+    with pytest.raises(gm.GMError, match="not my layer"):
+        gm.compress(model, "C4", inputs=torch.randn(2, 8), inplace=inplace)
+    assert model.body is body
+    assert model.again is body
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
