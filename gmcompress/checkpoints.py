@@ -19,14 +19,20 @@ PATTERN = re.compile(r"checkpoint-([0-9]{4,})")
 
 
 def save_checkpoint(
-    folder: Path, state: Mapping[str, Any], history: list[dict[str, Any]], recipe: Mapping[str, Any]
+    folder: Path,
+    state: Mapping[str, Any],
+    history: list[dict[str, Any]],
+    recipe: Mapping[str, Any],
+    *,
+    decided: Mapping[str, Any],
 ) -> None:
     """Write `folder/checkpoint-<epochs done>` and remove the ones before it.
 
-    `state` holds modules, optimizers and gradient scalers by name.
+    `state` holds modules, optimizers and gradient scalers by name; `decided` what was found out before the first step
+    and must not be found out again, such as a learning rate.
     """
     place = folder / f"checkpoint-{len(history):04d}"
-    numbers: dict[str, Any] = {"history": history, "recipe": dict(recipe)}
+    numbers: dict[str, Any] = {"history": history, "recipe": dict(recipe), "decided": dict(decided)}
     with new_folder(place) as beside:
         for name, part in state.items():
             tensors, numbers[name] = _taken_apart(part)
@@ -38,21 +44,23 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, state: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Load the newest checkpoint into `state` and return its history; an empty history where there is none yet.
+def load_checkpoint(
+    folder: Path, state: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Load the newest checkpoint into `state`; its history and what had been decided, both empty where there is none.
 
     Raises:
         GMError: the checkpoint is damaged, of another model, or was written with another recipe.
     """
     found = _checkpoints(folder)
     if not found:
-        return []
+        return [], {}
     place = found[-1]
     numbers = read_json(place / "checkpoint.json")
-    for key in ("history", "recipe", *state):
+    for key in ("history", "recipe", "decided", *state):
         if key not in numbers:
             raise GMError(f"{place / 'checkpoint.json'} has no {key!r}, which this training needs")
-    old = numbers["recipe"]
+    old, recipe = numbers["recipe"], json.loads(json.dumps(recipe))  # in which tuples are lists
     different = [key for key in {**recipe, **old} if recipe.get(key) != old.get(key)]
     if different:
         shown = ", ".join(f"{key}: {old.get(key)!r} there, {recipe.get(key)!r} here" for key in sorted(different))
@@ -64,7 +72,7 @@ def load_checkpoint(folder: Path, state: Mapping[str, Any], recipe: Mapping[str,
         except (KeyError, RuntimeError, ValueError, TypeError) as problem:
             said = str(problem).strip().split("\n")[0]
             raise GMError(f"{place / name}.safetensors does not fit this training: {said}") from None
-    return list(numbers["history"])
+    return list(numbers["history"]), dict(numbers["decided"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

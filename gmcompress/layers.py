@@ -20,12 +20,12 @@ class GMLayer(nn.Module, ABC):
     """What the layers share: the stored tensors of a structure, and `.weight`, the dense weight computed from them.
 
     Parameters: `kernel` (o, i, n, *taps) for o × i blocks of group matrices, with displacement rank r `gates` (o, r, n)
-    and `filters` (o, r, i, n, *taps), with low rank s `left` (rows, s) and `right` (s, columns, *taps), or
-    (rows, ky, s) and (s, columns, kx) where split; `bias` (rows).
+    and `filters` (o, r, i, n, *taps); for a factor part of rank s `left` (rows, s) and `right` (s, columns, *taps), or
+    (rows, ky, s) and (s, columns, kx) where split, and with adapted bases `scales` (P, Q, s); `bias` (rows).
     `.weight` is differentiable and has the shape, dtype and device of the dense layer's; it cannot be assigned.
     """
 
-    PARTS: Final = ("kernel", "gates", "filters", "left", "right")
+    PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales")
 
     def __init__(
         self,
@@ -47,17 +47,23 @@ class GMLayer(nn.Module, ABC):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
-        self.labels: Tensor  # recomputed from the structure, so not part of what is saved
-        self.register_buffer(
-            "labels", torch.tensor(structure.labels, dtype=torch.int32, device=device), persistent=False
-        )
+        self.labels: Tensor | None  # recomputed from the structure, so not part of what is saved
+        labels = None
+        if structure.group is not None:
+            labels = torch.tensor(structure.labels, dtype=torch.int32, device=device)
+        self.register_buffer("labels", labels, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw a start for training from scratch: the variance of torch's own layers, residuals zero but trainable."""
         bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))
+        alone = self.structure.group is None  # then the factors are no residual but the weight itself
         for part, tensor in self.parts().items():
-            if part in ("filters", "left"):
+            if part == "scales":
+                nn.init.ones_(tensor)
+            elif alone:
+                nn.init.normal_(tensor, std=(bound / math.sqrt(3 * self.structure.lowrank)) ** 0.5)
+            elif part in ("filters", "left"):
                 nn.init.zeros_(tensor)
             else:
                 nn.init.uniform_(tensor, *((-math.sqrt(3), math.sqrt(3)) if part == "gates" else (-bound, bound)))
@@ -98,7 +104,7 @@ class GMLayer(nn.Module, ABC):
 def _filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
     """The plain layer with weight, bias and flags of a structured one."""
     weight = layer.weight.detach()
-    empty.weight = nn.Parameter(weight.clone(), requires_grad=layer.parts()["kernel"].requires_grad)
+    empty.weight = nn.Parameter(weight.clone(), requires_grad=next(iter(layer.parts().values())).requires_grad)
     if layer.bias is not None:
         empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return empty.train(layer.training)
@@ -107,8 +113,9 @@ def _filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
 class GMLinear(GMLayer):
     """A linear layer whose weight is made of group matrices; drop-in for `nn.Linear`.
 
-    `structure` is a string such as "C8xC8" or "C8xC8+displacement:2", a Group or a Structure; `rank` and `residual` add
-    a residual to it. The layer stores `structure.parameters((out_features, in_features))` numbers and the bias.
+    `structure` is a string such as "C8xC8+displacement:2" or "adapted:8:4x4", a Group or a Structure; `rank` and
+    `residual` add a residual to it. The layer stores `structure.parameters((out_features, in_features))` numbers and
+    the bias.
 
     Raises:
         GMError: a width is not a multiple of the order of the group.
@@ -199,7 +206,7 @@ class GMConv2d(GMLayer):
             device="meta",
         )
         found = Structure.parse(structure, rank=rank, residual=residual)
-        if out_channels // groups % found.rows.size:
+        if found.rows is not None and out_channels // groups % found.rows.size:
             raise GMError(
                 f"{found} needs output channels in each of the {groups} convolution groups divisible by "
                 f"{found.rows.size}, not {out_channels // groups}"

@@ -184,18 +184,40 @@ def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) ->
     return output.numel() * prod(shape[1:])
 
 
+def layer_positions(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, int]:
+    """How often each layer applies its weight in one run: numbers of output over rows; 0 where it is never called."""
+    counts = dict.fromkeys(names, 0)
+    handles = []
+    for name in names:
+
+        def hook(module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            weight = weight_of(module)
+            if isinstance(output, Tensor) and weight is not None:
+                counts[name] += output.numel() // weight.shape[0]
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
 def expansion_macs(structure: Structure, shape: tuple[int, ...]) -> int:
-    """Multiply-adds that compute the dense weight: gates × filters, and left × right."""
+    """Multiply-adds that compute the dense weight: gates × filters, scales × right, and left × right."""
     gates = structure.displacement * prod(shape) if structure.displacement else 0
-    return gates + structure.lowrank * prod(shape)
+    scaled = 0 if structure.grid is None else structure.grid[0] * prod(structure.shapes(shape)["right"])
+    return gates + scaled + structure.lowrank * prod(shape)
 
 
 def equivariance(model: nn.Module, *, tolerance: float | None = None) -> list[dict[str, Any]]:
     """Per structured layer, how near its weight is to the group matrices, relative to its norm, and both ranks.
 
     Fields: `layer`, `structure`, `distance`, `displacement_rank` (the paper's; None where the rows are not the group
-    itself) and `generator_displacement_rank`, two different notions. Both are numerical ranks: singular values count
-    above `tolerance` × the largest one of the weight, by default the larger dimension × the machine epsilon.
+    itself) and `generator_displacement_rank`, two different notions; all None where the structure has no group. Both
+    are numerical ranks: singular values count above `tolerance` × the largest one of the weight, by default the larger
+    dimension × the machine epsilon.
 
     Raises:
         GMError: the model has no structured layer.
@@ -206,7 +228,11 @@ def equivariance(model: nn.Module, *, tolerance: float | None = None) -> list[di
     rows: list[dict[str, Any]] = []
     for name, layer in layers.items():
         weight, structure = layer.weight.detach(), layer.structure
-        paper = displacement_rank(weight, structure, tolerance=tolerance) if structure.rows.is_regular else None
+        if structure.group is None:
+            empty = dict.fromkeys(("distance", "displacement_rank", "generator_displacement_rank"))
+            rows.append({"layer": name, "structure": str(structure), **empty})
+            continue
+        paper = displacement_rank(weight, structure, tolerance=tolerance) if structure.is_regular else None
         rows.append(
             {
                 "layer": name,

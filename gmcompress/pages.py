@@ -236,7 +236,8 @@ def _skipped_rows(plan: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _figures(layers: Sequence[Row], history: Sequence[Row]) -> list[Drawing]:
     with _matplotlib():
-        drawings = [_sizes(layers), _errors(layers), _distances(layers)] if layers else []
+        drawn = [_sizes(layers), _errors(layers), _distances(layers)] if layers else []
+        drawings = [each for each in drawn if each is not None]
         curves = _curves(history) if history else None
     return [*drawings, curves] if curves else drawings
 
@@ -374,7 +375,10 @@ def _span(axes: Axes, values: Iterable[float]) -> None:
     axes.set_xlim(0.0 if low < 0.25 * high else low - pad, high + pad)
 
 
-def _distances(layers: Sequence[Row]) -> Drawing:
+def _distances(layers: Sequence[Row]) -> Drawing | None:
+    """Where the weights lie relative to the group matrices; None where no layer has a group part."""
+    if all(row["distance_before"] is None for row in layers):
+        return None
     figure, axes, row = _row_axes(layers)
     farthest, medians = 1.0, []
     for key, label, marker, colour in (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from dataclasses import replace as changed
 from typing import Any
 
@@ -12,41 +12,123 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from . import metrics
+from .allocation import allocate, tabulate
+from .budgets import Given, parse_budget
+from .calibration import SAMPLES, first_of, take
 from .errors import GMError, nearest_names
 from .groups import Group
+from .groups import group as parse_group
 from .layers import GMLayer, counterpart
-from .metrics import measure_together
-from .planning import Override, Plan, Rule, Rules, choose
+from .metrics import count_macs, layer_positions, measure_together, stored_bytes
+from .planning import Override, Plan, Rule, Rules, choose, eligible
 from .projection import Fit, project, svd_error
+from .reconstruction import Calibration, Reconstruction, calibrate, reconstruct
 from .reporting import Report, Result
 from .structure import Structure, distance, expand
-from .surgery import Inputs, check_model, describe, get_modules, replace, run, shell, trace
+from .surgery import Inputs, check_model, describe, duplicate, get_modules, replace, run, shell, trace
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
+DEFAULT_BUDGET = "50%"
+EXAMPLES = 8  # of the calibration data, on which latency is measured where no inputs are given
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `compress` or `plan`: the model, and everything that is learnt about it on the way."""
+
+    model: nn.Module
+    group: str | Group
+    batches: list[Inputs]  # calibration data; empty without
+    inputs: Inputs | None
+    progress: Progress | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        group: str | Group,
+        inputs: Inputs | None,
+        data: Iterable[Any] | None,
+        samples: int,
+        progress: Progress | None,
+    ) -> _Job:
+        device = next((each.device for each in model.parameters()), None)
+        batches = [] if data is None else take(data, samples=samples, device=device)
+        if inputs is None and batches:
+            inputs = first_of(batches[0], EXAMPLES)
+        return cls(model, group, batches, inputs, progress)
+
+    def calibration(self, dense: nn.Module, names: Sequence[str]) -> Calibration | None:
+        """What the data says about the dense model; None without data."""
+        if not self.batches:
+            return None
+        logits = any(site.role == "classifier" for site in trace(dense, self.inputs))
+        example = first_of(self.batches[0], 1)
+        return calibrate(dense, self.batches, names, logits=logits, macs=count_macs(dense, example)[0])
+
+    def budgeted(self, dense: nn.Module, budget: Given, options: Mapping[str, Any]) -> Plan:
+        """The plan under a budget."""
+        budgets = parse_budget(budget)
+        sites = trace(self.model, self.inputs)
+        bound = parse_group(self.group) if isinstance(self.group, str) else self.group
+        chosen = eligible(sites, **options)
+        names = [site.name for site in chosen.free]
+        totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
+        positions = None
+        if self.inputs is not None:
+            positions = layer_positions(dense, self.inputs, [*names, *chosen.prescribed])
+            totals["macs"] = count_macs(dense, self.inputs)[0]
+        calibration = self.calibration(dense, names)
+        table = tabulate(
+            private(dense), chosen.free, bound, calibration=calibration, positions=positions, progress=self.progress
+        )
+        itemsize = next(self.model.parameters()).element_size()
+        return allocate(
+            chosen,
+            sites,
+            table,
+            budgets,
+            group=str(bound),
+            totals=totals,
+            positions=positions,
+            itemsize=itemsize,
+            calibrated=calibration is not None,
+        )
 
 
 def make_plan(
     model: nn.Module,
     group: str | Group = "C32xC32",
     *,
-    rank: int = 1,
+    budget: Given | None = None,
+    data: Iterable[Any] | None = None,
+    samples: int = SAMPLES,
+    rank: int | None = None,
     residual: str = "displacement",
     inputs: Inputs | None = None,
     include: Rules = (),
     exclude: Rules = (),
     overrides: Mapping[Rule, Override] | None = None,
+    ties: Sequence[Rules] = (),
+    progress: Progress | None = None,
 ) -> Plan:
-    """What `compress` would do with the same arguments; no weight is touched. Public as `gmcompress.plan`.
+    """What `compress` would do with the same arguments; the model is not changed. Public as `gmcompress.plan`.
 
     Raises:
         GMError: as `compress`.
 
-    >>> make_plan(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), "C8xC8").layers
+    >>> make_plan(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), "C8xC8", rank=1).layers
     {'0': 'C8xC8+displacement:1'}
     """
-    sites = trace(model, inputs)
+    check_model(model)
+    job = _Job.of(model, group, inputs, data, samples, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
+    if rank is None:
+        return job.budgeted(shell(model), DEFAULT_BUDGET if budget is None else budget, rules | {"ties": ties})
+    if budget is not None or ties:
+        raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
+    sites = trace(model, job.inputs)
     total = sum(each.numel() for each in model.parameters())
     return choose(sites, group, model_parameters=total, rank=rank, residual=residual, **rules)
 
@@ -55,73 +137,122 @@ def compress(
     model: nn.Module,
     group: str | Group = "C32xC32",
     *,
-    rank: int = 1,
+    budget: Given | None = None,
+    data: Iterable[Any] | None = None,
+    samples: int = SAMPLES,
+    rank: int | None = None,
     residual: str = "displacement",
     inputs: Inputs | None = None,
     include: Rules = (),
     exclude: Rules = (),
     overrides: Mapping[Rule, Override] | None = None,
+    ties: Sequence[Rules] = (),
     plan: Plan | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Replace the weights of a trained model by group matrices plus residuals; the model given stays as it is.
+    """Replace the weights of a trained model by structured ones within a budget; the model given stays as it is.
 
-    `group` is the largest symmetry allowed: on a layer it acts through its largest quotient whose order divides both
-    widths. `rank` is that of the residual, "displacement" or "lowrank", on every layer. Stem and classifier stay dense
-    unless `include` names them. Rules are globs on layer names, "re:" patterns or module types; `overrides` maps them
-    to another group, a structure such as "C4+displacement:2", or None; the first match wins. `plan` carries out a plan
-    made before, in place of all of these. With example `inputs`, multiply-adds and latency are measured too.
+    `budget` is what the whole model may take: "25%" of its parameters, or a mapping of "params", "bytes" or "macs" to
+    a share or a number; half of the parameters where neither it nor `rank` is given. Every layer gets the structure
+    with which the model is expected to lose least: dense, a low rank, adapted bases, or group matrices of a quotient
+    of `group`, the largest symmetry allowed. With `data` (a loader; labels are not read) at most `samples` examples
+    measure what each layer's errors cost, and the layers are fitted one after another to the outputs of the dense
+    ones; without, to their weights.
+
+    `rank` is the literal mode: on every layer the largest fitting quotient of `group` with a residual of this rank,
+    "displacement" or "lowrank". Stem and classifier stay dense unless `include` names them. Rules are globs on layer
+    names, "re:" patterns or module types; `overrides` maps them to a group, a structure such as "C4+displacement:2" or
+    "adapted:8:4x4", or None; the first match wins. Layers of one parent module and of one shape that match an entry of
+    `ties` get the same structure. `plan` carries out a plan made before, in place of all of these. With example
+    `inputs`, or data, multiply-adds and latency are measured too.
 
     Raises:
-        GMError: an unknown group, a negative rank, a rule or plan that does not fit, no eligible layer, weights that
-            hold NaN, a wrapped model, or inputs that the model does not accept. The model is left untouched.
+        GMError: an unknown group, a budget that cannot be reached, a rule or plan that does not fit, no eligible layer,
+            weights that hold NaN, a wrapped model, or inputs or data that the model does not accept. The model is left
+            untouched.
 
-    >>> result = compress(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), "C8xC8")
+    >>> result = compress(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), "C8xC8", rank=1)
     >>> result.model[0]
     GMLinear(64, 64, 'C8xC8+displacement:1', bias=True)
     """
     check_model(model)
+    data = None if data is None else take(data, samples=samples)
     if plan is None:
-        rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
-        plan = make_plan(model, group, rank=rank, residual=residual, inputs=inputs, **rules)
+        rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
+        wanted: dict[str, Any] = {"budget": budget, "rank": rank, "residual": residual}
+        plan = make_plan(model, group, **wanted, data=data, samples=samples, inputs=inputs, **rules, progress=progress)
+    job = _Job.of(model, group, inputs, data, samples, progress)
     dense = shell(model) if inplace else model
-    expected = None if inputs is None else run(shell(model), inputs)
+    expected = None if job.inputs is None else run(shell(model), job.inputs)
+    fits = _fits(job, plan)
     originals = get_modules(model, plan.layers)
-    new_layers: dict[str, GMLayer] = {}
-    rows: list[dict[str, Any]] = []
-    for done, (name, structure) in enumerate(plan.layers.items()):
-        if progress is not None:
-            progress(name, done, len(plan.layers))
-        new_layers[name], fit = _compress_layer(name, originals[name], Structure.parse(structure))
-        rows.append(_row(name, originals[name], fit))
+    new_layers = {name: _layer(name, originals[name], fits) for name in plan.layers}
+    rows = [_row(name, originals[name], fits.fits[name]) for name in plan.layers]
     small = replace(model, new_layers, inplace=inplace)
+    kept = set_means(small, fits.means)
     try:
-        if inputs is not None:
-            check_outputs(expected, run(shell(small), inputs))
-        before, after = measure_together([dense, small], inputs)
+        if job.inputs is not None:
+            check_outputs(expected, run(shell(small), job.inputs))
+        before, after = measure_together([dense, small], job.inputs)
     except GMError:
         if inplace:
             replace(model, originals, inplace=True)  # as it was
+            set_means(model, kept)
         raise
     report = Report(model_name(model), plan, before, after, tuple(rows))
-    return Result(small, plan, report, teacher=None if inplace else model, inputs=inputs)
+    return Result(small, plan, report, teacher=None if inplace else model, inputs=job.inputs)
 
 
-def _compress_layer(name: str, dense: nn.Module, structure: Structure) -> tuple[GMLayer, Fit]:
-    """The structured layer in place of a dense one, filled with the nearest weight.
+def _fits(job: _Job, plan: Plan) -> Reconstruction:
+    """The fit of every layer of a plan: to the dense layers' outputs where there is data, else to their weights."""
+    structures = {name: Structure.parse(text) for name, text in plan.layers.items()}
+    dense = shell(job.model)
+    calibration = job.calibration(dense, list(structures))
+    if calibration is not None:
+        return reconstruct(dense, private(dense), structures, calibration, progress=job.progress)
+    fits: dict[str, Fit] = {}
+    for name, structure in structures.items():
+        if job.progress is not None:
+            job.progress(name, len(fits), len(structures))
+        try:
+            weight = get_modules(job.model, [name])[name].get_parameter("weight")
+            fits[name] = project(weight, structure)
+        except (GMError, AttributeError) as problem:
+            raise GMError(f"layer {name or '(the model itself)'!r}: {problem}") from None
+    return Reconstruction(fits, {}, {})
+
+
+def private(model: nn.Module) -> nn.Module:
+    """A copy with memory of its own, in evaluation mode."""
+    return duplicate(model, {}).eval()
+
+
+@torch.no_grad()
+def set_means(model: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Set the running means of BatchNorms by name; returns those they had."""
+    had = {}
+    for name, mean in means.items():
+        buffer = model.get_submodule(name).get_buffer("running_mean")
+        had[name] = buffer.clone()
+        buffer.copy_(mean)
+    return had
+
+
+def _layer(name: str, dense: nn.Module, found: Reconstruction) -> GMLayer:
+    """The structured layer in place of a dense one, filled with the fitted weight.
 
     Raises:
-        GMError: naming the layer, that its weight holds NaN or the structure does not fit.
+        GMError: naming the layer, that the structure does not fit.
     """
+    fit = found.fits[name]
     try:
-        fit = project(dense.get_parameter("weight"), structure)
-        layer = counterpart(dense, structure)
-    except (GMError, AttributeError) as problem:
+        layer = counterpart(dense, fit.structure)
+    except GMError as problem:
         raise GMError(f"layer {name or '(the model itself)'!r}: {problem}") from None
-    bias = dense.bias
+    bias = found.biases.get(name, dense.bias)
     layer.assign(fit.tensors, bias=bias if isinstance(bias, Tensor) else None)
-    return layer, fit
+    return layer
 
 
 def _row(name: str, dense: nn.Module, fit: Fit) -> dict[str, Any]:
@@ -135,6 +266,7 @@ def _row(name: str, dense: nn.Module, fit: Fit) -> dict[str, Any]:
         "dense": weight.numel(),
         "stored": stored,
         "relative_error": fit.relative_error,
+        "loss": fit.loss,
         "svd_error": svd_error(weight, stored, conv_groups=getattr(dense, "groups", 1)),
         "distance_before": fit.distance,
         "distance_compressed": with_fit,
@@ -142,9 +274,11 @@ def _row(name: str, dense: nn.Module, fit: Fit) -> dict[str, Any]:
     }
 
 
-def _distance_of(fit: Fit, shape: tuple[int, ...]) -> float:
+def _distance_of(fit: Fit, shape: tuple[int, ...]) -> float | None:
     """The relative distance of a fitted weight to the group matrices; exactly 0 without a residual."""
     structure = fit.structure
+    if structure.group is None:
+        return None
     if not (structure.displacement or structure.lowrank):
         return 0.0
     return distance(expand(fit.tensors, structure, shape), structure, relative=True)
@@ -210,7 +344,10 @@ def tuned_result(result: Result, tuned: nn.Module, history: Iterable[Mapping[str
     for row in result.report.layers:
         layer = layers[row["layer"]]
         assert isinstance(layer, GMLayer)
-        rows.append({**row, "distance_tuned": distance(layer.weight.detach(), layer.structure, relative=True)})
+        tuned_distance = None
+        if layer.structure.group is not None:
+            tuned_distance = distance(layer.weight.detach(), layer.structure, relative=True)
+        rows.append({**row, "distance_tuned": tuned_distance})
     before, after = result.report.before, result.report.after
     if result.inputs is not None and result.teacher is not None:
         before, after = measure_together([result.teacher, tuned], result.inputs)

@@ -30,7 +30,8 @@ class Plan:
     """What would happen to a model: a structure string for every layer to be compressed, a reason for every other.
 
     Pure data: print it, edit it, save it as JSON. `sites` are the facts it was made from and `model_parameters` counts
-    all parameters of the model, tied ones once.
+    all parameters of the model, tied ones once. Under a budget `optimum` holds the `budget`, the predicted `loss`, the
+    proven lower `bound` of it over all choices, the relative `gap` of the two, and what the loss is a `measure` of.
     """
 
     group: str
@@ -38,6 +39,7 @@ class Plan:
     skipped: Mapping[str, str]
     sites: tuple[Site, ...]
     model_parameters: int
+    optimum: Mapping[str, float | str] | None = None  # of a plan under a budget: what was asked, the loss, its bound
 
     def site(self, name: str) -> Site:
         """The facts about one layer."""
@@ -132,7 +134,7 @@ class Plan:
     def from_dict(cls, found: object) -> Plan:
         """A plan from the object that its JSON holds."""
         wanted = {field.name: field for field in fields(cls)}
-        if not isinstance(found, dict) or set(found) != set(wanted):
+        if not isinstance(found, dict) or set(found) | {"optimum"} != set(wanted):
             raise GMError(f"a plan is an object with the fields {', '.join(wanted)}")
         sites = tuple(_site_from(each) for each in _expect(found["sites"], list, "sites"))
         shapes = {site.name: site for site in sites}
@@ -143,13 +145,23 @@ class Plan:
             _literal(shapes[name], Structure.parse(text))
         skipped = _strings(found["skipped"], "skipped")
         total = _expect(found["model_parameters"], int, "model_parameters")
-        return cls(_expect(found["group"], str, "group"), layers, skipped, sites, total)
+        optimum = _optimum_from(found.get("optimum"))
+        return cls(_expect(found["group"], str, "group"), layers, skipped, sites, total, optimum)
 
 
 def _expect(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise GMError(f"in a plan, {what} must be of type {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def _optimum_from(value: Any) -> dict[str, float | str] | None:
+    if value is None:
+        return None
+    kinds = {"budget": str, "measure": str, "loss": float, "bound": float, "gap": float}
+    if set(_expect(value, dict, "optimum")) != set(kinds):
+        raise GMError(f"in a plan, an optimum is an object with the fields {', '.join(kinds)}")
+    return {key: _expect(value[key], kind, key) for key, kind in kinds.items()}
 
 
 def _strings(value: Any, what: str) -> dict[str, str]:
@@ -176,7 +188,7 @@ def _site_from(value: Any) -> Site:
 def _literal(site: Site, structure: Structure) -> Structure:
     """The structure, once it is known to fit the site as it stands."""
     structure.shapes(site.shape)
-    if site.shape[0] // site.conv_groups % structure.rows.size:
+    if structure.rows is not None and site.shape[0] // site.conv_groups % structure.rows.size:
         raise GMError(f"{structure} does not fit {site.name!r}: {site.shape[0]} rows in {site.conv_groups} groups")
     return structure
 
@@ -203,7 +215,7 @@ def choose(
     """
     bound = Structure.parse(group if isinstance(group, Group) else parse_group(group))
     default = bound.with_rank(rank, residual=residual)
-    if bound.group.order == 1:
+    if bound.acting.order == 1:
         raise GMError("the trivial group C1 compresses nothing; give a larger one")
     rules = _Rules(sites, include, exclude, overrides or {})
     layers: dict[str, str] = {}
@@ -217,6 +229,77 @@ def choose(
     if not layers:
         raise GMError(f"no layer can be compressed with {group}: {_reasons(skipped)}")
     return Plan(str(bound.group), layers, skipped, tuple(sites), model_parameters)
+
+
+@dataclass(frozen=True)
+class Eligible:
+    """What a plan under a budget may choose: sites in which it is free, prescribed structures, reasons for the rest."""
+
+    free: tuple[Site, ...]
+    prescribed: Mapping[str, Structure]
+    skipped: Mapping[str, str]
+    ties: tuple[tuple[str, ...], ...]
+
+
+def eligible(
+    sites: Sequence[Site],
+    *,
+    include: Rules = (),
+    exclude: Rules = (),
+    overrides: Mapping[Rule, Override] | None = None,
+    ties: Sequence[Rules] = (),
+) -> Eligible:
+    """Sort the sites by the rules of `choose`; an override prescribes a layer's structure as it is written.
+
+    Each entry of `ties` is one or several rules; the layers that match and have the same parent module and shape will
+    get the same structure.
+
+    Raises:
+        GMError: a rule that matches nothing, a structure that does not fit, or no layer left to compress.
+    """
+    rules = _Rules(sites, include, exclude, overrides or {})
+    free, prescribed, skipped = [], {}, {}
+    for site in sites:
+        reason = _left_out(site, rules)
+        overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
+        if reason:
+            skipped[site.name] = reason
+        elif overriding is not None:
+            prescribed[site.name] = _literal(site, Structure.parse(rules.overrides[overriding] or ""))
+        else:
+            free.append(site)
+    if not free and not prescribed:
+        raise GMError(f"no layer can be compressed: {_reasons(skipped)}")
+    return Eligible(tuple(free), prescribed, skipped, _tied(free, sites, ties))
+
+
+def _tied(free: Sequence[Site], sites: Sequence[Site], ties: Sequence[Rules]) -> tuple[tuple[str, ...], ...]:
+    found = []
+    for each in ties:
+        rules = _Rules(sites, each, (), {}).include
+        groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for site in free:
+            if any(matches(rule, site) for rule in rules):
+                groups.setdefault((site.name.rpartition(".")[0], site.shape), []).append(site.name)
+        found += [tuple(names) for names in groups.values() if len(names) > 1]
+    return tuple(found)
+
+
+def _left_out(site: Site, rules: _Rules) -> str:
+    """Why a site stays dense whatever the group or the budget; "" where it need not."""
+    excluding = next((rule for rule in rules.exclude if matches(rule, site)), None)
+    if excluding is not None:
+        return f"excluded by {_shown(excluding)}"
+    if site.kind not in {kind_of(each) for each in COUNTERPARTS}:
+        return f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}"
+    if site.obstacle:
+        return site.obstacle
+    overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
+    if overriding is not None:
+        return f"left dense by the override {_shown(overriding)}" if rules.overrides[overriding] is None else ""
+    if site.role and not any(matches(rule, site) for rule in rules.include):
+        return f"it is the {site.role}, left dense unless include names it"
+    return ""
 
 
 def _reasons(skipped: Mapping[str, str]) -> str:
@@ -267,27 +350,21 @@ def matches(rule: Rule, site: Site) -> bool:
 
 def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Structure | str:
     """The structure of one site, or the reason why it stays dense."""
-    excluding = next((rule for rule in rules.exclude if matches(rule, site)), None)
-    if excluding is not None:
-        return f"excluded by {_shown(excluding)}"
-    if site.kind not in {kind_of(each) for each in COUNTERPARTS}:
-        return f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}"
-    if site.obstacle:
-        return site.obstacle
+    reason = _left_out(site, rules)
+    if reason:
+        return reason
     overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
     wanted, ranked = default, True  # ranked: the residual is the default one, not written out in an override
     if overriding is not None:
         value = rules.overrides[overriding]
-        if value is None:
-            return f"left dense by the override {_shown(overriding)}"
+        assert value is not None  # that one is left out
         wanted = Structure.parse(value)
-        if isinstance(value, Group) or (isinstance(value, str) and "+" not in value):
+        plain = isinstance(value, Group) or (isinstance(value, str) and "+" not in value)
+        if plain and wanted.group is not None:
             ranks: dict[str, Any] = {"displacement": default.displacement, "lowrank": default.lowrank}
             wanted = Structure(wanted.group, wanted.rows, wanted.columns, wanted.taps, **ranks)
         else:
             ranked = False
-    elif site.role and not any(matches(rule, site) for rule in rules.include):
-        return f"it is the {site.role}, left dense unless include names it"
     if ranked and wanted.lowrank and len(site.shape) == 4 and min(site.shape[2:]) > 1:
         wanted = replace(wanted, split=True)  # nearer to trained kernels than rows × columns·taps, at fewer numbers
     return _fitted(site, wanted)
@@ -301,7 +378,7 @@ def _fitted(site: Site, wanted: Structure) -> Structure | str:
     """The structure on the largest quotient that fits the widths (one with other sets is literal), or the reason."""
     rows, columns = site.shape[0] // site.conv_groups, site.shape[1]
     ranks: dict[str, Any] = {key: getattr(wanted, key) for key in ("displacement", "lowrank", "split")}
-    if wanted == Structure.regular(wanted.group, **ranks):
+    if wanted.group is not None and wanted.grid is None and wanted == Structure.regular(wanted.group, **ranks):
         quotient = largest_quotient(wanted.group, gcd(rows, columns))
         if quotient.order == 1:
             each = " in each convolution group" if site.conv_groups > 1 else ""

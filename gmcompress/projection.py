@@ -1,4 +1,4 @@
-"""From a weight to the best structured weight: group part and residuals, fitted in float64 and returned as stored."""
+"""From a weight to the best structured weight: group part and factor part, fitted and returned as stored."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from .errors import GMError
+from .fitting import Metric, refine, start_factors
 from .groups import Group
+from .linalg import truncated_svd
 from .structure import (
     Structure,
     as_structure,
-    as_view,
     check_weight,
     diagonals,
     expand,
-    lowrank_weight,
+    factor_weight,
     orbit_means,
 )
 
 SWEEPS = 100  # of the alternating projections of group part and low rank; they stop earlier when nothing moves
+EXACT = 1 << 19  # numbers up to which the factors of a weight are fitted in float64; in float32 above
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,36 @@ class Fit:
     """A weight as its structure stores it, and how near it came.
 
     `tensors` are named and shaped by `structure.shapes`, in the dtype of the weight. `relative_error` is
-    ‖W − Ŵ‖/‖W‖, `distance` is that of the nearest group matrix alone, without a residual; both Frobenius.
+    ‖W − Ŵ‖/‖W‖, `distance` is that of the nearest group matrix alone, without a residual, None where the structure has
+    no group; both Frobenius. `loss` is tr(G E S Eᵀ)/tr(G W S Wᵀ) for the metric of the fit: the part of the mean square
+    of the layer's outputs that is lost; without a metric the square of the relative error.
     """
 
     structure: Structure
     tensors: Mapping[str, Tensor]
     relative_error: float
-    distance: float
+    distance: float | None
+    loss: float
 
     def __repr__(self) -> str:
-        return f"Fit({str(self.structure)!r}, relative_error={self.relative_error:.4g}, distance={self.distance:.4g})"
+        far = "None" if self.distance is None else f"{self.distance:.4g}"
+        return f"Fit({str(self.structure)!r}, relative_error={self.relative_error:.4g}, distance={far})"
 
 
-def project(weight: Tensor, structure: Structure | Group | str) -> Fit:
-    """The nearest weight of the given structure.
+def project(
+    weight: Tensor,
+    structure: Structure | Group | str,
+    *,
+    metric: Metric | None = None,
+    iterations: int = 40,
+) -> Fit:
+    """The nearest weight of the given structure, in the Frobenius norm or in that of a metric.
 
     Group part alone: the mean over orbits. With displacement rank r: the closed form, column means of the group
-    diagonals F plus the truncated SVD of the row-centred F, exact. With low rank: exact projections on both sets
-    alternate from the group part on, so that the error never grows; the result is a local minimum.
+    diagonals F plus the truncated SVD of the row-centred F, exact. A low rank alone: the truncated SVD. Group part and
+    low rank: exact projections on both sets alternate, so that the error never grows. Adapted bases, and everything
+    under a metric: Levenberg–Marquardt from these starts (`gmcompress.fitting.refine`), at most `iterations` steps; the
+    loss never grows, and the result is a local minimum.
 
     Raises:
         GMError: the shape does not fit, the weight is not finite, or a rank exceeds what the matrix can have.
@@ -58,18 +72,37 @@ def project(weight: Tensor, structure: Structure | Group | str) -> Fit:
     """
     structure = as_structure(structure)
     exact = check_weight(weight)
-    _check_ranks(structure, tuple(weight.shape))
-    tensors = _group_part(exact, structure)
-    if structure.lowrank:
-        tensors = _alternate(exact, structure, tensors)
-    plain = structure.with_rank(0, residual="lowrank")
-    group_only = expand({"kernel": orbit_means(exact, plain)}, plain, weight.shape)
+    shape = tuple(weight.shape)
+    _check_ranks(structure, shape)
+    metric = metric or Metric()
+    metric.check(shape)
+    tensors = _start(exact, structure, metric)
+    if structure.grid is not None or metric != Metric():
+        dtype = torch.float64 if exact.numel() <= EXACT else torch.float32
+        start = {name: each.to(dtype) for name, each in tensors.items()}
+        tensors = refine(exact.to(dtype), structure, start, metric=metric.to(dtype), iterations=iterations)
+        tensors = {name: each.double() for name, each in tensors.items()}
+    found = expand(tensors, structure, shape)
     return Fit(
         structure=structure,
         tensors={name: each.to(weight.dtype).contiguous() for name, each in tensors.items()},
-        relative_error=relative_error(expand(tensors, structure, weight.shape), exact),
-        distance=relative_error(group_only, exact),
+        relative_error=relative_error(found, exact),
+        distance=None if structure.group is None else _distance(exact, structure),
+        loss=metric.relative_loss(found, exact),
     )
+
+
+def _distance(exact: Tensor, structure: Structure) -> float:
+    plain = structure.with_rank(0, residual="lowrank")
+    kernel = {"kernel": orbit_means(exact, plain)}
+    return relative_error(expand(kernel, plain, exact.shape), exact)
+
+
+def _start(exact: Tensor, structure: Structure, metric: Metric) -> dict[str, Tensor]:
+    if structure.group is None:
+        return start_factors(exact, structure, metric)
+    tensors = _group_part(exact, structure)
+    return _alternate(exact, structure, tensors) if structure.lowrank else tensors
 
 
 def relative_error(approximation: Tensor, weight: Tensor) -> float:
@@ -79,12 +112,11 @@ def relative_error(approximation: Tensor, weight: Tensor) -> float:
 
 
 def _check_ranks(structure: Structure, shape: tuple[int, ...]) -> None:
-    _, i, carried = structure.blocks(shape)
-    left = prod(structure.shapes(shape).get("left", (shape[0], 1))[:-1])  # rows of the matrix of low rank
-    limits = {
-        "displacement": min(structure.rows.size - 1, i * structure.points * carried),
-        "lowrank": min(left, prod(shape) // left),
-    }
+    left = prod(structure.shapes(shape).get("left", (shape[0], 1))[:-1])  # rows of the matrix of the factors
+    limits = {"lowrank": min(left, prod(shape) // left)}
+    if structure.group is not None:
+        o, i, carried = structure.blocks(shape)
+        limits["displacement"] = min(shape[0] // o - 1, i * structure.points * carried)
     for what, limit in limits.items():
         rank = getattr(structure, what)
         if rank > limit:
@@ -101,18 +133,11 @@ def _group_part(weight: Tensor, structure: Structure) -> dict[str, Tensor]:
     rows = diagonals(weight, structure).flatten(2)  # (o, n, columns·taps)
     u, s, vh = truncated_svd(rows - rows.mean(1, keepdim=True), structure.displacement)
     # gates of root mean square 1, as the constant gate of the kernel, so that kernel and filters train on one scale
-    scale = structure.group.order**0.5
+    scale = structure.acting.order**0.5
     shapes = structure.shapes(weight.shape)
     gates = (u * scale).transpose(1, 2).reshape(shapes["gates"])
     filters = (s[..., None] * vh / scale).reshape(shapes["filters"])
     return {"kernel": kernel, "gates": gates, "filters": filters}
-
-
-def _low_rank(weight: Tensor, structure: Structure) -> dict[str, Tensor]:
-    u, s, vh = truncated_svd(as_view(weight, structure), structure.lowrank)
-    shapes = structure.shapes(weight.shape)
-    left, right = u * s.sqrt(), s.sqrt()[:, None] * vh
-    return {"left": left.reshape(shapes["left"]), "right": right.reshape(shapes["right"])}
 
 
 def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,32 +146,13 @@ def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -
     group, error = start, float("inf")
     for _ in range(SWEEPS):
         rest = weight - expand(group, only_group, weight.shape)
-        low = _low_rank(rest, structure)
-        rest = weight - lowrank_weight(low, structure, weight.shape)
+        low = start_factors(rest, structure, Metric())
+        rest = weight - factor_weight(low, structure, weight.shape)
         group = _group_part(rest, only_group)
         before, error = error, float((rest - expand(group, only_group, weight.shape)).norm())
         if error >= before * (1 - 1e-6):
             break
     return {**group, **low}
-
-
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:  # (*b, n, m) -> (*b, n, r), (*b, r), ...
-    """The leading `rank` singular triples.
-
-    Where few of many are wanted, the leading eigenvectors of the smaller Gram matrix span the space and a Rayleigh–Ritz
-    step on the matrix itself restores the digits that squaring lost.
-    """
-    n, m = matrix.shape[-2:]
-    if n > m:
-        u, s, vh = truncated_svd(matrix.mT, rank)
-        return vh.mT, s, u.mT
-    if n <= 32 or 3 * rank > n:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[..., :rank], s[..., :rank], vh[..., :rank, :]
-    _, vectors = torch.linalg.eigh(matrix @ matrix.mT)
-    basis, _ = torch.linalg.qr(matrix.mT @ vectors[..., -rank:])  # (*b, m, r)
-    u, s, inner = torch.linalg.svd(matrix @ basis, full_matrices=False)
-    return u, s, inner @ basis.mT
 
 
 def svd_error(weight: Tensor, stored: int, *, conv_groups: int = 1) -> float:

@@ -19,13 +19,18 @@ from .surgery import Inputs
 from .tables import percent, table_text
 
 
+def _decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 @dataclass(frozen=True)
 class Report:
     """The facts about one compression, as data; `print` it, or `save` it as .html, .json or .txt.
 
     `layers` has one row per compressed layer: `layer`, `structure`, `dense` and `stored` numbers, `relative_error` of
-    the weight, `svd_error` of plain truncated SVD with at most as many numbers (the control), and the relative distance
-    to the group matrices `distance_before`, `distance_compressed` and `distance_tuned`; after `gm.equivariance` also
+    the weight, `loss` in the metric of the fit, `svd_error` of plain truncated SVD with at most as many numbers (the
+    control), and the relative distance to the group matrices, None where the structure has no group,
+    `distance_before`, `distance_compressed` and `distance_tuned`; after `gm.equivariance` also
     `displacement_rank` and `generator_displacement_rank`. `accuracy` maps "dense", "compressed" and "tuned" to top-1
     accuracies in percent where they were measured; `history` has one row per epoch of fine-tuning.
     """
@@ -85,8 +90,8 @@ class Report:
                 f"{row['stored']:,}",
                 f"{row['relative_error']:.3f}",
                 f"{row['svd_error']:.3f}",
-                f"{row['distance_before']:.3f}",
-                f"{row['distance_compressed' if row['distance_tuned'] is None else 'distance_tuned']:.3f}",
+                _decimal(row["distance_before"]),
+                _decimal(row["distance_compressed" if row["distance_tuned"] is None else "distance_tuned"]),
             )
             for row in self.layers
         ]

@@ -11,18 +11,21 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables"),
-    ("structure", "surgery", "checkpoints"),
-    ("projection", "layers"),
-    ("planning", "metrics", "tuning", "data", "pages"),
-    ("reporting",),
+    ("groups", "files", "tables", "linalg"),
+    ("structure", "surgery", "checkpoints", "budgets"),
+    ("fitting", "layers", "selection", "calibration"),
+    ("projection",),
+    ("planning", "candidates", "metrics", "tuning", "data", "pages"),
+    ("reporting", "reconstruction"),
+    ("allocation",),
     ("pipeline", "storage"),
     ("runs",),
     ("cli", "__init__"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PURE = {"groups": {"torch"}, "structure": {"torch.nn"}, "projection": {"torch.nn"}}  # what a room may never import
+ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "linalg")}
+PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
 
 
 def room_of(path: Path) -> str:

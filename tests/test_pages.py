@@ -39,7 +39,7 @@ def measured():
         nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 4)
     )
     inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    result = gm.tune(gm.compress(model, "C8xC8", inputs=inputs), [inputs] * 2, epochs=2)
+    result = gm.tune(gm.compress(model, "C8xC8", inputs=inputs), [inputs] * 2, epochs=2, lr=3e-4)
     data = data_of(result.report)
     for row, ranks in zip(data["layers"], gm.equivariance(result), strict=True):
         row |= {key: ranks[key] for key in ("displacement_rank", "generator_displacement_rank")}

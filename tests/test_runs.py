@@ -1,5 +1,6 @@
-"""Runs: settings, accuracy, and a training that is killed and goes on as if nothing had happened."""
+"""Runs: accuracy, and a training that is killed and goes on as if nothing had happened."""
 
+import csv
 import json
 import os
 import shutil
@@ -28,14 +29,10 @@ from gmcompress.runs import (
     group_facts,
     plan_run,
     read_report,
-    setting_defaults,
-    setting_kinds,
     train_run,
-    typed,
     validate_run,
 )
-from gmcompress.runs.settings import read_yaml, write_yaml
-from gmcompress.tuning import Recipe
+from gmcompress.runs.settings import write_yaml
 
 NETWORK = {"model": "test_resnet", "num_classes": 10, "in_chans": 1, "group": "C4xC4"}
 DIGITS = {"dataset": "digits", "img_size": 8, "epochs": 2, "seed": 1, "recalibrate": "never"}
@@ -66,84 +63,6 @@ def assert_same_weights(folder, other):
     assert found.keys() == expected.keys()
     for name, each in expected.items():
         torch.testing.assert_close(found[name], each, rtol=0, atol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-
-
-def test_settings_are_flat_outside_and_come_back(tmp_path):
-    given = {"model": "resnet18", "override": ["a=C4"], "scale": [0.5, 1], "lr": "1e-3", "batch_size": 7}
-    settings = Settings.read(given)
-    assert (settings.lr, settings.override, settings.images.scale) == (1e-3, ("a=C4",), (0.5, 1.0))
-    assert Settings.read(settings.flat()) == settings
-    write_yaml(tmp_path / "args.yaml", settings)
-    assert Settings.read(read_yaml(tmp_path / "args.yaml")) == settings
-    assert setting_defaults() == Settings.read({}).flat()
-    assert list(setting_defaults()) == list(setting_kinds())
-
-
-def test_settings_default_to_the_recipe_of_fine_tuning():
-    assert Settings().recipe() == Recipe(epochs=Settings().epochs)
-
-
-def test_settings_as_a_recipe():
-    given = {"opt": "adamw", "warmup_epochs": 3, "clip_grad": 0, "model_ema": True, "model_ema_decay": 0.9, "amp": True}
-    found = Settings.read(given | {"amp_dtype": "float16", "recalibrate": "never", "epochs": 4}).recipe()
-    expected = {"optimizer": "adamw", "warmup": 3.0, "clip": None, "ema": 0.9, "amp": "fp16", "recalibrate": False}
-    assert found == Recipe(epochs=4, **expected)
-    assert Settings.read({"amp": False}).recipe().amp == "no"
-
-
-@pytest.mark.parametrize(
-    ("kind", "given", "expected"),
-    [
-        (int, "3", 3),
-        (float, 2, 2.0),
-        (float | None, None, None),
-        (tuple[float, ...] | None, 0.5, (0.5,)),
-        (tuple[str, ...], ["a", "b"], ("a", "b")),
-        (bool | None, True, True),
-    ],
-)
-def test_values_become_their_types(kind, given, expected):
-    assert typed("x", kind, given) == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "given"), [(int, 1.5), (int, True), (int, "x"), (float, []), (bool, 1), (str, 3), (str, None), (int, None)]
-)
-def test_values_of_other_types_are_refused(kind, given):
-    with pytest.raises(GMError, match="x is "):
-        typed("x", kind, given)
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"learning_rate": 1}, "no setting 'learning_rate'"),
-        ({"lr": "fast"}, "lr is a number, not 'fast'"),
-        ({"override": ["a"]}, "an override is PATTERN=VALUE"),
-        ({"override": ["a=C2", "a=C4"]}, "each pattern once"),
-        ({"amp_dtype": "int8"}, "amp_dtype is bfloat16 or float16"),
-        ({"model_ema": True, "model_ema_decay": 1}, "model_ema_decay is a number between"),
-        ({"epochs": -1}, "epochs must be at least 0"),
-    ],
-)
-def test_unusable_settings_are_named(given, said):
-    def use():
-        settings = Settings.read(given)
-        return settings.recipe(), settings.compression()
-
-    with pytest.raises(GMError, match=said):
-        use()
-
-
-@pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "1: 2", "\x00"])
-def test_a_file_that_is_no_yaml_of_settings(tmp_path, text):
-    (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(GMError, match=r"x\.yaml"):
-        read_yaml(tmp_path / "x.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,22 +137,43 @@ def test_compress_writes_a_model_and_a_report(settings, tmp_path):
     assert found.top1 == report.accuracy["compressed"]
 
 
+def summary_of(folder):
+    """The cells of summary.csv."""
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
 def test_train_writes_everything(settings, tmp_path):
     seen = []
     report = train_run(settings, tmp_path / "out", progress=lambda what, *_: seen.append(what))
     names = {"args.yaml", "before.json", "checkpoint-0002", "model", "report.html", "report.json", "summary.csv"}
     assert {each.name for each in (tmp_path / "out").iterdir()} == names
-    assert {"compressing", "validating the dense network", "epoch 1 of 2", "epoch 2 of 2"} <= set(seen)
+    trying = {"compressing", "validating the dense network", "trying learning rates"}
+    assert trying | {"epoch 1 of 2", "epoch 2 of 2"} <= set(seen)
     assert set(report.accuracy) == {"dense", "compressed", "tuned"}
     assert [row["epoch"] for row in report.history] == [0, 1]
     assert report.accuracy["tuned"] == report.history[-1]["top1"]
     assert report.settings["seed"] == 1
     assert all(row["distance_tuned"] is not None for row in report.layers)
-    lines = (tmp_path / "out" / "summary.csv").read_text().splitlines()
-    assert lines[0].split(",") == ["epoch", "loss", "lr", "seconds", "top1", "top5"]
-    assert [line.split(",")[0] for line in lines[1:]] == ["0", "1"]
+    rows = summary_of(tmp_path / "out")
+    assert rows[0] == ["epoch", "loss", "lr", "seconds", "trial", "top1", "top5"]
+    assert [row[0] for row in rows[1:]] == ["0", "1"]
+    trial = json.loads(rows[1][4])
+    assert trial["losses"][str(trial["lr"])] == min(filter(None, trial["losses"].values()))
+    assert rows[2][4] == ""
     _, _, found = validate_run({"compressed": str(tmp_path / "out" / "model")})
     assert found.top1 == report.accuracy["tuned"]
+
+
+def test_train_for_minutes_with_every_option(settings, tmp_path):
+    seen = []
+    del settings["epochs"]
+    more = {"minutes": 0.02, "features": 0.1, "blocks": ["layer2.0"], "anneal": 0.5, "trial_lrs": [0.01], "workers": 0}
+    report = train_run(settings | more, tmp_path / "out", progress=lambda what, *_: seen.append(what))
+    assert "epoch 1" in seen
+    assert report.history[-1]["lr"] < 0.01
+    assert report.settings["minutes"] == 0.02
+    assert read_report(tmp_path / "out").history == report.history
 
 
 def test_train_goes_on_from_a_compressed_folder(settings, tmp_path):
@@ -366,10 +306,9 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_killed(interrupted, tmp_path):
     assert_same_weights(tmp_path / "killed", interrupted / "through")
     must_fail(assert_same_weights, tmp_path / "tampered", interrupted / "through")  # the control: momentum forgotten
     columns = [
-        [line.split(",")[:3] + line.split(",")[4:] for line in (folder / "summary.csv").read_text().splitlines()]
-        for folder in (tmp_path / "killed", interrupted / "through")
+        [row[:3] + row[5:] for row in summary_of(folder)] for folder in (tmp_path / "killed", interrupted / "through")
     ]
-    assert columns[0] == columns[1]  # all but the seconds
+    assert columns[0] == columns[1]  # all but the seconds, of epochs and trial
     assert len(columns[0]) == 4
 
 
@@ -404,7 +343,7 @@ def test_nothing_to_resume(tmp_path):
 def test_the_plan_is_that_of_compress(settings):
     plan = plan_run({name: value for name, value in settings.items() if name != "checkpoint"})
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
-    assert plan == gm.plan(model, "C4xC4", inputs=torch.zeros(1, 1, 8, 8))
+    assert plan == gm.plan(model, "C4xC4", rank=1, inputs=torch.zeros(1, 1, 8, 8))
 
 
 @pytest.mark.parametrize("from_folder", [False, True])

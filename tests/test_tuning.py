@@ -1,20 +1,24 @@
 """Fine-tuning: it learns, it is reproducible, it resumes exactly, and it names what it cannot work with."""
 
 import copy
+import json
+import math
 import random
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
 import zoo
-from conftest import assert_close
+from conftest import assert_close, must_fail
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
-from gmcompress.tuning import Recipe, distillation_loss, fine_tune
+from gmcompress.tuning import Recipe, distillation_loss, find_blocks, fine_tune
 
 
 def dataset(n=96):
@@ -61,7 +65,7 @@ def test_tuning_recovers_what_compression_cost(trained):
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained):
-    small = gm.compress(trained, "C4").model
+    small = gm.compress(trained, "C4", rank=1).model
     recipe = Recipe(epochs=2, ema=0.9)
     first, again = (fine_tune(small, loader(), recipe, teacher=trained)[0] for _ in range(2))
     other = fine_tune(small, loader(), replace(recipe, seed=1), teacher=trained)[0]
@@ -78,9 +82,13 @@ def test_the_callers_random_numbers_stay_where_they_were():
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw"}, {"ema": 0.8}], ids=["sgd", "adamw", "ema"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lr": 0.02}, {"optimizer": "adamw"}, {"ema": 0.8}, {"features": 0.5}, {"anneal": 0.9}],
+    ids=["trial", "lr", "adamw", "ema", "features", "anneal"],
+)
 def test_an_interrupted_training_resumes_exactly(options, tmp_path, trained):
-    small = gm.compress(trained, "C4").model
+    small = gm.compress(trained, "C4", rank=1).model
     recipe = Recipe(epochs=4, **options)
     whole, history = fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path / "whole")
 
@@ -100,7 +108,7 @@ def test_an_interrupted_training_resumes_exactly(options, tmp_path, trained):
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path, trained):
-    small = gm.compress(trained, "C4").model
+    small = gm.compress(trained, "C4", rank=1).model
     recipe = Recipe(epochs=2)
     fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path)
     with pytest.raises(gm.GMError, match=r"another recipe \(seed: 0 there, 1 here\)"):
@@ -171,6 +179,20 @@ def test_batches_of_every_kind():
         ({"optimizer": "sgdd"}, "timm knows no optimizer 'sgdd'; the nearest are 'sgd"),
         ({"lr": 1e9, "clip": None}, "the loss is (nan|inf)"),
         ({"epochs": -1}, "epochs must be at least 0"),
+        ({"minutes": 1}, "epochs or minutes, not both: 2 and 1"),
+        ({"epochs": 0, "minutes": -1}, "minutes must be positive"),
+        ({"trial_lrs": (1e30, 1e35), "clip": None}, r"not finite at any of the learning rates tried, 1e\+30, 1e\+35"),
+        ({"trial_lrs": (0.1, 0)}, "trial_lrs must be positive"),
+        ({"trial_lrs": 0.1}, "trial_lrs is a sequence"),
+        ({"trial_steps": 0}, "trial_steps must be positive"),
+        ({"features": 1}, "features=1 compares with a teacher"),
+        ({"blocks": ("0",)}, "only where features"),
+        ({"blocks": "0"}, "blocks is a sequence"),
+        ({"features": 1, "blocks": ("9",), "teacher": normed()}, "no module '9'"),
+        ({"anneal": 1.5}, "at most 1"),
+        ({"anneal": 0.5}, "anneal=0.5 needs a teacher with layers"),
+        ({"anneal": 0.5, "teacher": normed()}, "anneal=0.5 needs a teacher with layers"),  # the student has none
+        ({"decay": "kernel"}, 'decay is "weight" or "factors"'),
         ({"temperature": 0}, "temperature must be positive"),
         ({"ema": 1.5}, "between 0 and 1"),
         ({"amp": "int8"}, 'amp is "no"'),
@@ -187,3 +209,162 @@ def test_bad_input_is_named(change, message):
 def test_a_frozen_model_has_nothing_to_learn():
     with pytest.raises(gm.GMError, match="frozen"):
         gm.tune(zoo.mlp().requires_grad_(False), loader(), epochs=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trial of learning rates
+
+
+def assert_same_weights(first, second):
+    for key, each in first.state_dict().items():
+        assert torch.equal(each, second.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw"}, {"ema": 0.8}], ids=["sgd", "adamw", "ema"])
+@pytest.mark.parametrize("absurd", [1e-9, 1e6], ids=["too small", "too large"])
+def test_the_trial_picks_the_good_rate_and_leaves_no_trace(options, absurd, trained):
+    small = gm.compress(trained, "C4", rank=1).model
+    recipe = Recipe(epochs=2, trial_lrs=(absurd, 0.02), trial_steps=12, **options)
+    found, history = fine_tune(small, loader(), recipe, teacher=trained)
+    trial = json.loads(history[0]["trial"])
+    assert trial["lr"] == 0.02
+    assert set(trial["losses"]) == {"0.02", str(absurd)}
+    assert trial["seconds"] > 0
+    assert "trial" not in history[1]
+    given, plain = fine_tune(small, loader(), replace(recipe, lr=0.02), teacher=trained)
+    assert "trial" not in plain[0]
+    assert_same_weights(found, given)
+    other, _ = fine_tune(small, loader(), replace(recipe, lr=0.03), teacher=trained)
+    must_fail(assert_same_weights, found, other)
+
+
+def test_of_equal_rates_the_smaller_is_taken_and_a_climb_ends():
+    tried = []
+    for rates in [(1e-29, 1e-30), (0.05, 1e5, 1e6)]:
+        _, history = fine_tune(normed(), loader(), Recipe(epochs=1, trial_lrs=rates, recalibrate=False))
+        tried.append(json.loads(history[0]["trial"]))
+    assert tried[0]["lr"] == 1e-30
+    assert list(tried[0]["losses"]) == ["1e-30", "1e-29"]
+    assert list(tried[1]["losses"]) == ["0.05", "100000.0"]
+
+
+def test_a_resumed_training_tries_nothing(tmp_path):
+    seen = []
+    recipe = Recipe(epochs=2)
+
+    def follow(epoch, *_rest):
+        seen.append(epoch)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(normed(), loader(), recipe, folder=tmp_path, progress=follow)
+    assert set(seen) == {-1, 0, 1}
+    file = tmp_path / "checkpoint-0001" / "checkpoint.json"
+    decided = json.loads(file.read_text())["decided"]
+    assert (decided["lr"], decided["steps"]) == (decided["trial"]["lr"], 12)
+    seen.clear()
+    _, history = fine_tune(
+        normed(), loader(), recipe, folder=tmp_path, resume=True, progress=lambda epoch, *_: seen.append(epoch)
+    )
+    assert set(seen) == {1}
+    assert json.loads(history[0]["trial"]) == decided["trial"]
+
+
+class Watched(nn.Linear):
+    """Writes down which inputs it saw, and in which mode."""
+
+    seen: list[tuple[bool, float]] = []  # noqa: RUF012 outside the module, whose copies share it
+
+    def forward(self, input):
+        self.seen.append((self.training, float(input[0, 0])))
+        return super().forward(input)
+
+
+def test_the_trial_judges_on_batches_that_it_did_not_train_on():
+    batches = [(torch.full((2, 4), float(number)), torch.tensor([0, 1])) for number in range(12)]
+    fine_tune(Watched(4, 2), batches, Recipe(epochs=1, trial_lrs=(0.01, 0.02), trial_steps=5))
+    trial = Watched.seen[: 2 * (5 + 3)]
+    assert {number for training, number in trial if not training} == {0, 1, 2}
+    assert [number for training, number in trial if training] == [3, 4, 5, 6, 7] * 2
+    assert [number for _, number in Watched.seen[16:]] == list(range(12))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run of minutes
+
+
+class Slow:
+    """Batches that take their time."""
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        for _ in range(10):
+            time.sleep(0.03)
+            yield torch.ones(4, 8)
+
+
+def test_minutes_are_kept(tmp_path):
+    recipe = Recipe(minutes=0.05, trial_lrs=(0.01, 0.02), trial_steps=3)
+    begun = time.perf_counter()
+    _, history = fine_tune(normed(), Slow(), recipe, teacher=normed(), folder=tmp_path)
+    assert 1.5 < time.perf_counter() - begun < 9  # seconds, of 3 asked for
+    numbers = json.loads(next(tmp_path.glob("*/checkpoint.json")).read_text())
+    steps = numbers["decided"]["steps"]
+    assert 10 < steps < 100
+    assert len(history) == math.ceil(steps / 10)
+    assert history[-1]["lr"] < 0.05 * json.loads(history[0]["trial"])["lr"]  # the cosine is at its end
+    _, again = fine_tune(normed(), Slow(), recipe, teacher=normed(), folder=tmp_path, resume=True)
+    assert again == history  # nothing is measured again
+    hasty = replace(recipe, minutes=1e-9, lr=0.01, recalibrate=False)
+    assert fine_tune(normed(), Slow(), hasty, teacher=normed())[0][1].num_batches_tracked == 1  # at least one step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def test_blocks_are_found():
+    resnet = timm.create_model("test_resnet", num_classes=10)
+    vit = timm.create_model("test_vit", num_classes=10)
+    assert find_blocks(resnet)[-4:] == [f"layer{n}.0" for n in (1, 2, 3, 4)]
+    assert find_blocks(gm.compress(resnet, "C4", rank=1, overrides={"layer[23].*": None}).model)[-2:] == [
+        "layer1.0",
+        "layer4.0",
+    ]
+    assert find_blocks(vit) == [f"blocks.{n}" for n in range(6)]
+    assert find_blocks(nn.Linear(2, 2)) == []
+
+
+def far(model, teacher):
+    """The slow twin: the relative squared error of the output of the first structured layer."""
+    inputs = dataset().tensors[0]
+    with torch.no_grad():
+        ours, theirs = model.eval()[0](inputs), teacher.eval()[0](inputs)
+    return float(((ours - theirs) ** 2).sum() / ((theirs - theirs.mean()) ** 2).sum())
+
+
+def test_blocks_come_nearer_to_the_teachers(trained):
+    small = gm.compress(trained, "C4", rank=0).model
+    recipe = Recipe(epochs=4, lr=0.02, features=5.0, blocks=("0",), recalibrate=False)
+    near, history = fine_tune(small, loader(), recipe, teacher=trained)
+    control, plain = fine_tune(small, loader(), replace(recipe, features=0.0, blocks=()), teacher=trained)
+    assert far(near, trained) < 0.95 * far(control, trained)
+    assert history[0]["loss"] > plain[0]["loss"] + 5 * 0.5 * far(near, trained)
+    found, _ = fine_tune(small, loader(), replace(recipe, blocks=()), teacher=trained)
+    must_fail(assert_same_weights, found, near)  # the blocks found are more than one
+    for model in (near, trained):
+        assert not any(each._forward_hooks for each in model.modules())
+
+
+def test_blocks_that_cannot_be_compared_are_named_or_left_out():
+    wide = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 3))
+    narrow = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 8), nn.Linear(8, 3))
+    recipe = Recipe(epochs=1, lr=0.01, features=1.0)
+    fine_tune(narrow, loader(), recipe, teacher=wide)
+    with pytest.raises(gm.GMError, match=r"block '0' gave \(16, 5\), in the teacher \(16, 4\)"):
+        fine_tune(narrow, loader(), replace(recipe, blocks=("1", "0")), teacher=wide)
+    with pytest.raises(gm.GMError, match="found no blocks"):
+        fine_tune(nn.Linear(8, 3), loader(), recipe, teacher=wide)

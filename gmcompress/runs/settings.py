@@ -17,6 +17,7 @@ from ..planning import Override
 from ..tuning import Recipe
 
 AMP = {"bfloat16": "bf16", "float16": "fp16"}
+EPOCHS = 10  # where neither epochs nor minutes are given
 RECALIBRATE: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
 
 
@@ -43,10 +44,14 @@ class Settings:
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()  # PATTERN=VALUE
 
-    epochs: int = 10
+    epochs: int | None = None
+    minutes: float | None = Recipe.minutes
     opt: str = Recipe.optimizer
     lr: float | None = Recipe.lr
+    trial_lrs: tuple[float, ...] = Recipe.trial_lrs
+    trial_steps: int | None = Recipe.trial_steps
     weight_decay: float = Recipe.weight_decay
+    decay: str = Recipe.decay
     momentum: float = Recipe.momentum
     warmup_epochs: float = Recipe.warmup
     clip_grad: float | None = Recipe.clip
@@ -55,6 +60,9 @@ class Settings:
     temperature: float = Recipe.temperature
     distillation: float = Recipe.distillation
     task: float = Recipe.task
+    features: float = Recipe.features
+    blocks: tuple[str, ...] = Recipe.blocks
+    anneal: float = Recipe.anneal
     recalibrate: str = "auto"
     amp: bool | None = None
     amp_dtype: str = "bfloat16"
@@ -97,23 +105,19 @@ class Settings:
 
     def recipe(self) -> Recipe:
         """How to fine-tune."""
+        same = "minutes lr trial_lrs trial_steps weight_decay decay momentum temperature distillation task features "
+        same += "blocks anneal device seed"
         amp = None if self.amp is None else (AMP[self.amp_dtype] if self.amp else "no")
+        default = EPOCHS if self.minutes is None else 0
         return Recipe(
-            epochs=self.epochs,
-            lr=self.lr,
+            **{name: getattr(self, name) for name in same.split()},
+            epochs=default if self.epochs is None else self.epochs,
             optimizer=self.opt,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
             warmup=self.warmup_epochs,
-            temperature=self.temperature,
-            distillation=self.distillation,
-            task=self.task,
             recalibrate=RECALIBRATE[self.recalibrate],
             clip=self.clip_grad or None,  # 0 is timm's "no clipping"
             ema=self.model_ema_decay if self.model_ema else None,
             amp=amp,
-            device=self.device,
-            seed=self.seed,
         )
 
     def compression(self) -> dict[str, Any]:

@@ -155,13 +155,19 @@ def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 class _Follower:
-    """What fine_tune calls after every step: it keeps summary.csv up to the last complete epoch, and tells progress."""
+    """What fine_tune calls after every step: it keeps summary.csv up to the last complete epoch, and tells progress.
+
+    `epochs` is 0 where minutes were given and the end is not known.
+    """
 
     def __init__(self, folder: Path, epochs: int, progress: Progress) -> None:
         self.folder, self.epochs, self.progress = folder, epochs, progress
         self.total, self.first, self.begun = 0.0, -1, 0.0
 
     def __call__(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        if epoch < 0:
+            self.progress("trying learning rates", step, steps, f"loss {loss:.3f}")
+            return
         if step == 1:
             self.total = 0.0
             if is_main():
@@ -170,12 +176,13 @@ class _Follower:
             self.first, self.begun = epoch, time.monotonic()
         self.total += loss
         note = f"loss {self.total / step:.3f}" + self._left((epoch - self.first) * steps + step - 1, steps)
-        self.progress(f"epoch {epoch + 1} of {self.epochs}", step, steps, note)
+        of = f" of {self.epochs}" if self.epochs else ""
+        self.progress(f"epoch {epoch + 1}{of}", step, steps, note)
 
     def _left(self, done: int, steps: int) -> str:
         """How long the epochs to come will take, judged by those since the start or resumption."""
         left = (self.epochs - self.first) * steps - 1 - done
-        if not (done and left):
+        if not (self.epochs and done and left):
             return ""
         seconds = round((time.monotonic() - self.begun) / done * left)
         return f", {timedelta(seconds=seconds)} left in all"
@@ -213,7 +220,7 @@ def _compressed(settings: Settings, dense: nn.Module, progress: Progress) -> Res
         layer = get_modules(small, [row["layer"]])[row["layer"]]
         assert isinstance(layer, GMLayer)
         weight = layer.weight.detach()
-        away = distance(weight, layer.structure, relative=True)
+        away = None if layer.structure.group is None else distance(weight, layer.structure, relative=True)
         rows.append(dict(row) | {"relative_error": relative_error(weight, old), "distance_compressed": away})
     return replace(result, model=small, report=replace(result.report, layers=tuple(rows)))
 

@@ -1,0 +1,263 @@
+"""Where the parameters go: the table of every layer's candidates, the model's sensitivity to each layer, the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .budgets import Budget
+from .calibration import collect, divergence, first_of, outputs
+from .candidates import Subject, candidates, multiply_adds, rank_within
+from .errors import GMError
+from .fitting import Metric, start_factors
+from .groups import Group
+from .planning import Eligible, Plan
+from .reconstruction import Calibration
+from .selection import Candidate, Selection, select
+from .structure import Structure, expand
+from .surgery import Inputs, Site
+
+PROBES = (0.45, 0.18)  # shares of a layer's weight at which the model's sensitivity to it is measured
+WORK = 6e12  # multiply-adds spent on measuring sensitivities
+EXPONENTS = (0.5, 2.0)  # between which the growth of the divergence with the loss is believed
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The divergence of the model's outputs when one layer alone loses `loss`: scale × loss^exponent."""
+
+    scale: float
+    exponent: float
+
+    def weigh(self, candidate: Candidate) -> Candidate:
+        """The candidate with its loss as the divergence that it is expected to cause."""
+        lost = self.scale * candidate.loss**self.exponent if candidate.loss > 0 else 0.0
+        return replace(candidate, loss=lost)
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]]) -> Sensitivity:
+        """The power law through two measured (loss, divergence), the exponent kept within EXPONENTS.
+
+        >>> Sensitivity.through([(0.1, 0.01), (0.4, 0.04)])
+        Sensitivity(scale=0.1, exponent=1.0)
+        """
+        tiny = 1e-12
+        (x0, y0), (x1, y1) = ((max(x, tiny), max(y, tiny)) for x, y in sorted(points))
+        slope = math.log(y1 / y0) / math.log(x1 / x0) if x1 > x0 * 1.01 else 1.0
+        exponent = round(min(max(slope, EXPONENTS[0]), EXPONENTS[1]), 6)
+        scale = math.sqrt(y0 / x0**exponent * (y1 / x1**exponent))
+        return cls(float(f"{scale:.6g}"), exponent)
+
+
+def subject_of(
+    site: Site, layer: nn.Module, metric: Metric, *, positions: int | None, exact: torch.dtype = torch.float64
+) -> Subject:
+    """What the table needs to know of one layer."""
+    weight = layer.get_parameter("weight").detach()
+    return Subject(weight.to(exact), metric, site.conv_groups, positions, weight.element_size())
+
+
+def tabulate(
+    dense: nn.Module,
+    sites: Sequence[Site],
+    group: Group | None,
+    *,
+    calibration: Calibration | None = None,
+    positions: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, list[Candidate]]:
+    """For every site the candidates and their losses: weighted by sensitivity with data, relative squared without."""
+    found: dict[str, list[Candidate]] = {}
+    names = [site.name for site in sites]
+    chunks = [names] if calibration is None else calibration.chunks(dense, names)
+    by_name = {site.name: site for site in sites}
+    probes = None if calibration is None else _Probes(dense, calibration, len(sites), positions or {})
+    for chunk in chunks:
+        moments = {} if calibration is None else collect(dense, dense, chunk, calibration.batches)
+        for name in chunk:
+            if progress is not None:
+                progress(name, len(found), len(sites))
+            layer, seen = dense.get_submodule(name), moments.pop(name, None)
+            metric = Metric() if calibration is None else calibration.metric(name, layer, seen)
+            subject = subject_of(by_name[name], layer, metric, positions=(positions or {}).get(name))
+            found[name] = candidates(subject, group)
+            if probes is not None:
+                sensitivity = probes.measure(name, subject)
+                found[name] = [sensitivity.weigh(each) for each in found[name]]
+    return found
+
+
+class _Probes:
+    """Measures how the model's outputs change when one layer alone is replaced."""
+
+    def __init__(self, dense: nn.Module, calibration: Calibration, layers: int, positions: Mapping[str, int]) -> None:
+        self.dense, self.calibration = dense, calibration
+        macs = sum(
+            count * dense.get_submodule(name).get_parameter("weight").numel() for name, count in positions.items()
+        )
+        examples = int(WORK / max(1, len(PROBES) * layers * macs)) if macs else 256
+        self.batches = _at_most(calibration.batches, max(8, examples))
+        self.wanted = outputs(dense, self.batches)
+
+    def measure(self, name: str, subject: Subject) -> Sensitivity:
+        """The sensitivity to one layer, from low ranks of two sizes in its place; the weight is put back."""
+        layer = self.dense.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        kept, points = weight.detach().clone(), []
+        split = weight.dim() == 4 and min(weight.shape[2:]) > 1
+        try:
+            for share in PROBES:
+                rank = max(1, rank_within(weight.shape, int(share * weight.numel()), grid=None, split=split))
+                structure = Structure.factors(rank, split=split)
+                tensors = start_factors(subject.weight, structure, subject.metric)
+                fitted = expand(tensors, structure, weight.shape)
+                loss = subject.relative_loss(fitted)
+                with torch.no_grad():
+                    weight.copy_(fitted)
+                found = outputs(self.dense, self.batches)
+                points.append((loss, divergence(self.wanted, found, logits=self.calibration.logits)))
+        finally:
+            with torch.no_grad():
+                weight.copy_(kept)
+        return Sensitivity.through(points)
+
+
+def _at_most(batches: Sequence[Inputs], examples: int) -> list[Inputs]:
+    found, count = [], 0
+    for each in batches:
+        cut = first_of(each, examples - count)
+        found.append(cut)
+        count += len(next(iter(cut.values())) if isinstance(cut, Mapping) else cut)
+        if count >= examples:
+            break
+    return found
+
+
+def allocate(
+    eligible: Eligible,
+    sites: Sequence[Site],
+    table: Mapping[str, Sequence[Candidate]],  # of the free layers
+    budgets: Sequence[Budget],
+    *,
+    group: str,
+    totals: Mapping[str, int],  # of the dense model: params, bytes and, where it was run, macs
+    positions: Mapping[str, int] | None = None,
+    itemsize: int = 4,
+    calibrated: bool = False,
+) -> Plan:
+    """The plan of least predicted loss within the budgets, the rounding left by the table's sizes spent on ranks.
+
+    Raises:
+        GMError: the budgets cannot be reached, or one on multiply-adds where no inputs were given.
+    """
+    shapes = {site.name: site.shape for site in sites}
+    full = dict(table)
+    for name, structure in eligible.prescribed.items():
+        count = None if positions is None else positions.get(name, 0) * multiply_adds(structure, shapes[name])
+        stored = structure.parameters(shapes[name])
+        full[name] = [Candidate(str(structure), stored, stored * itemsize, count, 0.0)]
+    dense = {name: math.prod(shapes[name]) for name in full}
+    macs = {name: (positions or {}).get(name, 0) * size for name, size in dense.items()}
+    fixed = {
+        "params": totals["params"] - sum(dense.values()),
+        "bytes": totals["bytes"] - itemsize * sum(dense.values()),
+    }
+    if "macs" in totals:
+        fixed["macs"] = totals["macs"] - sum(macs.values())
+    limits = {}
+    for budget in budgets:
+        if budget.what not in totals:
+            raise GMError(f"{budget}: multiply-adds are counted from a run, so give example inputs or data")
+        limits[budget.what] = budget.absolute(totals[budget.what])
+    chosen = select(full, limits, fixed_costs=fixed, totals=totals, ties=eligible.ties)
+    picked = {name: full[name][index].structure for name, index in chosen.choice.items()}
+    structures = {name: None if text is None else Structure.parse(text) for name, text in picked.items()}
+    if set(limits) == {"params"}:
+        held = [*eligible.prescribed, *(name for names in eligible.ties for name in names)]
+        room = limits["params"] - fixed["params"] - chosen.costs["params"]
+        structures = fill(structures, shapes, room, full, fixed=held)
+    return _plan(eligible, sites, structures, chosen, group, totals["params"], budgets, calibrated=calibrated)
+
+
+def _plan(
+    eligible: Eligible,
+    sites: Sequence[Site],
+    structures: Mapping[str, Structure | None],
+    chosen: Selection,
+    group: str,
+    model_parameters: int,
+    budgets: Sequence[Budget],
+    *,
+    calibrated: bool,
+) -> Plan:
+    layers = {site.name: str(structures[site.name]) for site in sites if structures.get(site.name) is not None}
+    kept = {name: "dense is its best use of the budget" for name, each in structures.items() if each is None}
+    optimum: dict[str, float | str] = {
+        "budget": ", ".join(map(str, budgets)),
+        "measure": "divergence of the outputs" if calibrated else "squared relative error",
+        "loss": chosen.loss,
+        "bound": chosen.bound,
+        "gap": chosen.gap,
+    }
+    reasons = {**eligible.skipped, **kept}
+    skipped = {site.name: reasons[site.name] for site in sites if site.name not in layers}
+    return Plan(group, layers, skipped, tuple(sites), model_parameters, optimum)
+
+
+def fill(
+    chosen: Mapping[str, Structure | None],
+    shapes: Mapping[str, Sequence[int]],
+    room: int,
+    table: Mapping[str, Sequence[Candidate]],
+    *,
+    fixed: Sequence[str] = (),  # layers that keep the rank they have
+) -> dict[str, Structure | None]:
+    """The choice with ranks raised while `room` more numbers may be stored, the steepest loss per number first.
+
+    The table offers a ladder of sizes; between its rungs the loss still falls with every rank.
+    """
+    found = dict(chosen)
+    slopes = {name: _slope(table[name], str(found[name])) for name in found if found[name] and name not in fixed}
+    for name in sorted(slopes, key=lambda each: -slopes[each]):
+        structure = found[name]
+        assert structure is not None
+        if structure.group is not None or not structure.lowrank:
+            continue
+        shape = tuple(shapes[name])
+        most = structure.parameters(shape) + room
+        rank = min(
+            rank_within(shape, most, grid=structure.grid, split=structure.split), _next_rank(table[name], structure)
+        )
+        grown = Structure.factors(max(rank, structure.lowrank), grid=structure.grid, split=structure.split)
+        if grown.parameters(shape) < math.prod(shape):
+            room -= grown.parameters(shape) - structure.parameters(shape)
+            found[name] = grown
+    return found
+
+
+def _rungs(table: Sequence[Candidate], structure: Structure) -> list[tuple[Structure, Candidate]]:
+    """The candidates of the same family, by rank."""
+    parsed = [(Structure.parse(each.structure), each) for each in table if each.structure]
+    same = [(s, c) for s, c in parsed if s.group is None and (s.grid, s.split) == (structure.grid, structure.split)]
+    return sorted(same, key=lambda pair: pair[0].lowrank)
+
+
+def _next_rank(table: Sequence[Candidate], structure: Structure) -> int:
+    """The rank of the rung above, which the choice did not find worth its size; without one any rank will do."""
+    above = [s.lowrank for s, _ in _rungs(table, structure) if s.lowrank > structure.lowrank]
+    return min(above, default=1 << 30)
+
+
+def _slope(table: Sequence[Candidate], chosen: str) -> float:
+    """Loss saved for one more stored number, from the chosen candidate to the next larger one."""
+    own = next((each for each in table if each.structure == chosen), None)
+    larger = [each for each in table if own and each.params > own.params]
+    if own is None or not larger:
+        return 0.0
+    return max((own.loss - each.loss) / (each.params - own.params) for each in larger)

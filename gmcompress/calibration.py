@@ -1,0 +1,389 @@
+"""What data says about a model's layers: second moments of their inputs and output gradients, and the mean shifts.
+
+Inputs are seen through hooks on the modules by name, so that any model that runs can be calibrated. A layer that is
+never called (its weight is read by other code) has no moments, and is fitted without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .errors import GMError
+from .surgery import Inputs, call, describe
+
+SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
+MEMORY = 1 << 29  # bytes of calibration inputs held
+POSITIONS = 60  # input vectors per dimension of a moment, beyond which positions are drawn at random
+CHUNK = 1 << 24  # numbers of one unfolded piece of a convolution's input
+BACKWARD = 2_500_000  # numbers of input in one backward pass
+DAMPING = 1e-3  # of the mean of a moment's diagonal, added to the diagonal
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a layer's input vectors x (of the compressed model) and t (of the dense one), each of `size` numbers.
+
+    For a convolution a vector is one patch, in the order of the weight; a grouped convolution has one sum per group.
+    `inputs` is Σ x xᵀ and `cross` Σ t xᵀ, both (conv_groups, m, m) and divided by `count`; the means are (conv_groups,
+    m).
+    """
+
+    count: int
+    inputs: Tensor
+    cross: Tensor
+    mean: Tensor
+    dense_mean: Tensor
+
+    def centred(self) -> Moments:
+        """The same with the means taken away: what counts where a bias or BatchNorm absorbs the mean."""
+        inputs = self.inputs - self.mean[:, :, None] * self.mean[:, None]
+        cross = self.cross - self.dense_mean[:, :, None] * self.mean[:, None]
+        return Moments(self.count, inputs, cross, self.mean, self.dense_mean)
+
+    def gram(self) -> Tensor:  # (conv_groups, m, m)
+        """Σ x xᵀ, damped, and shrunk towards its diagonal where there are few vectors for its size."""
+        m = self.inputs.shape[1]
+        diagonal = torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2))
+        few = m / (m + self.count)
+        return (1 - few) * self.inputs + few * diagonal + self._ridge()
+
+    def _ridge(self) -> Tensor:
+        size = self.inputs.diagonal(dim1=1, dim2=2).mean()
+        size = size if float(size) > 0 else torch.ones_like(size)
+        return DAMPING * size * torch.eye(self.inputs.shape[1], dtype=self.inputs.dtype, device=self.inputs.device)
+
+    def target(self, weight: Tensor) -> Tensor:  # (rows, columns, *taps), same
+        """The dense weight that best reproduces the dense layer's outputs from the compressed model's inputs.
+
+        W* = W (C + λI)(S + λI)⁻¹: ‖W t − Ŵ x‖² is ‖(W* − Ŵ) S^½‖² and a part that no Ŵ changes.
+        """
+        groups, m = self.inputs.shape[:2]
+        few = m / (m + self.count)
+        extra = few * torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2)) + self._ridge()
+        wanted = weight.reshape(groups, -1, m) @ ((1 - few) * self.cross + extra)
+        return torch.linalg.solve(self.gram(), wanted, left=False).reshape(weight.shape)
+
+    def shift(self, dense: Tensor, fitted: Tensor) -> Tensor:  # weights -> (rows)
+        """By how much the mean output of the fitted weight lies above that of the dense one."""
+        groups, m = self.inputs.shape[:2]
+        new = fitted.reshape(groups, -1, m) @ self.mean[:, :, None]
+        old = dense.reshape(groups, -1, m) @ self.dense_mean[:, :, None]
+        return (new - old).flatten()
+
+
+def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None) -> list[Inputs]:
+    """The inputs of the first batches of a loader: at most `samples` examples and half a gigabyte.
+
+    A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out; a tensor alone is one batch.
+
+    Raises:
+        GMError: the data is empty, or a batch is something else.
+    """
+    found: list[Inputs] = []
+    count = held = 0
+    for batch in [data] if isinstance(data, Tensor | Mapping) else data:
+        inputs = _inputs_of(batch, device)
+        tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
+        if not tensors or tensors[0].dim() == 0 or not len(tensors[0]):
+            raise GMError(f"a batch of calibration data holds examples along its first axis, not {describe(inputs)}")
+        room = samples - count
+        if len(tensors[0]) > room:
+            inputs = first_of(inputs, room)
+        found.append(inputs)
+        count += min(len(tensors[0]), room)
+        held += sum(each.numel() * each.element_size() for each in tensors)
+        if count >= samples or held >= MEMORY:
+            break
+    if not found:
+        raise GMError("the calibration data is empty: it gave no batch")
+    return found
+
+
+def _inputs_of(batch: Any, device: torch.device | None) -> Inputs:
+    def moved(each: Any) -> Any:
+        return each.to(device) if isinstance(each, Tensor) else each
+
+    if isinstance(batch, Mapping):
+        return {key: moved(each) for key, each in batch.items() if key != "labels"}
+    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
+        return moved(batch[0])
+    if isinstance(batch, Tensor):
+        return moved(batch)
+    raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the data gave {describe(batch)}")
+
+
+def first_of(inputs: Inputs, count: int) -> Inputs:
+    """The first examples of a batch."""
+    if isinstance(inputs, Mapping):
+        return {key: each[:count] if isinstance(each, Tensor) else each for key, each in inputs.items()}
+    return inputs[:count] if isinstance(inputs, Tensor) else [first_of(each, count) for each in inputs]
+
+
+def split_batch(inputs: Inputs, limit: int) -> list[Inputs]:
+    """A batch in pieces of at most `limit` numbers of input, at least one example each."""
+    tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
+    total = len(tensors[0])
+    size = max(1, limit // max(1, sum(each.numel() for each in tensors) // total))
+    if isinstance(inputs, Tensor):
+        return list(inputs.split(size))
+    if not isinstance(inputs, Mapping) or any(len(each) != total for each in tensors):
+        return [inputs]
+    pieces = range(0, total, size)
+    return [{k: v[n : n + size] if isinstance(v, Tensor) else v for k, v in inputs.items()} for n in pieces]
+
+
+class _Stop(BaseException):  # the way out of a forward pass once its last layer was seen; no model catches it
+    pass
+
+
+def _run(model: nn.Module, inputs: Inputs) -> Any:
+    try:
+        return call(model, inputs)
+    except _Stop:
+        return None
+
+
+@torch.no_grad()
+def collect(
+    dense: nn.Module,
+    small: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Inputs],
+) -> dict[str, Moments]:
+    """The moments of the named layers, the dense and the compressed model run side by side on the same batches.
+
+    `small` may be the dense model itself. Both must be in evaluation mode. At most POSITIONS × size vectors of a layer
+    are taken, the same positions of both models.
+    """
+    batches = list(batches)
+    sums: dict[str, _Sums] = {}
+    old, new = (model.get_submodule for model in (dense, small))
+    for number, inputs in enumerate(batches):
+        with ExitStack() as stack:
+            kept = _watch(stack, {name: old(name) for name in names})
+            _run(dense, inputs)
+            other = kept
+        if small is not dense:
+            with ExitStack() as stack:
+                other = _watch(stack, {name: new(name) for name in names})
+                _run(small, inputs)
+        for name in names:
+            for index, (t, x) in enumerate(zip(kept[name], other[name], strict=True)):
+                if name not in sums:
+                    sums[name] = _Sums(old(name), len(batches))
+                sums[name].add(t, x, seed=number * 1000 + index)
+            kept[name], other[name] = [], []
+    return {name: each.moments() for name, each in sums.items()}
+
+
+def _watch(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
+    """Lists that fill with the inputs of modules as they are called; the pass stops once each was called."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                seen[name].append(arguments[0])
+            if all(seen.values()):
+                raise _Stop
+
+        return hook
+
+    for name, module in modules.items():
+        stack.callback(module.register_forward_pre_hook(hook_of(name)).remove)
+    return seen
+
+
+class _Sums:
+    """The running sums of one layer."""
+
+    def __init__(self, module: nn.Module, batches: int) -> None:
+        self.module, self.batches = module, batches
+        self.groups = getattr(module, "groups", 1)
+        self.size = module.get_parameter("weight")[0].numel()
+        self.count = 0
+        self.sums: list[Tensor] = []
+
+    def add(self, dense: Tensor, small: Tensor, *, seed: int) -> None:
+        """Take one call's inputs in."""
+        if isinstance(self.module, nn.Conv2d):
+            pairs = self._patches(dense, small, seed)
+        else:
+            pairs = [self._drawn(dense.reshape(-1, 1, self.size), small.reshape(-1, 1, self.size), seed)]
+        for t, x in pairs:  # each (vectors, groups, size)
+            t, x = t.transpose(0, 1).float(), x.transpose(0, 1).float()
+            found = [x.mT @ x, t.mT @ x if t is not x else x.mT @ x, x.sum(1), t.sum(1)]
+            found = [each.double() for each in found]
+            self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
+            self.count += x.shape[1]
+
+    def _limit(self) -> int:
+        return max(1, POSITIONS * self.size // self.batches)
+
+    def _drawn(self, t: Tensor, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        if len(x) <= self._limit():
+            return t, x
+        index = torch.randint(len(x), (self._limit(),), generator=torch.Generator().manual_seed(seed)).to(x.device)
+        return t[index], x[index]
+
+    def _patches(self, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Patches of both inputs, piece by piece along the batch."""
+        whole = x.shape[0] * max(1, x[0].numel() * self.size // max(1, x.shape[1]))
+        pieces = max(1, -(-whole // CHUNK))
+        step = max(1, x.shape[0] // pieces)
+        share = max(1, self._limit() * step // x.shape[0])
+        for n, start in enumerate(range(0, x.shape[0], step)):
+            patches = [self._unfold(each[start : start + step]) for each in ((x,) if t is x else (t, x))]
+            if len(patches[0]) > share:
+                generator = torch.Generator().manual_seed(seed * 100_003 + n)
+                index = torch.randint(len(patches[0]), (share,), generator=generator).to(x.device)
+                patches = [each[index] for each in patches]
+            yield patches[0], patches[-1]
+
+    def _unfold(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) -> (patches, groups, size)
+        module = self.module
+        assert isinstance(module, nn.Conv2d)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(x.float(), module._reversed_padding_repeated_twice, mode=mode)
+        columns = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+        return columns.transpose(1, 2).reshape(-1, self.groups, self.size)
+
+    def moments(self) -> Moments:
+        inputs, cross, mean, dense_mean = (each / self.count for each in self.sums)
+        return Moments(self.count, inputs, cross, mean, dense_mean)
+
+
+def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
+    """The first tensor of floating point in the model's output, batch by batch; logits for a classifier."""
+    with torch.no_grad():
+        return [_first_output(call(model, inputs)) for inputs in batches]
+
+
+def _first_output(found: Any) -> Tensor:
+    tensors = [each for each in tree_flatten(found)[0] if isinstance(each, Tensor) and each.is_floating_point()]
+    if not tensors:
+        raise GMError(f"the model's output, {describe(found)}, holds no tensor of floating point to compare")
+    return tensors[0]
+
+
+def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: bool) -> float:
+    """How far outputs lie from the wanted ones, the mean over examples (and places).
+
+    For logits the Kullback–Leibler divergence of the distributions over classes, in nats; for other outputs the
+    squared error relative to the variance of the wanted ones.
+    """
+    total, count = 0.0, 0
+    for old, new in zip(wanted, found, strict=True):
+        if logits:
+            old, new = _classes_last(old.double()), _classes_last(new.double())
+            each = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="sum")
+            total, count = total + float(each), count + len(old)
+        else:
+            old, new = old.double().flatten(1), new.double().flatten(1)
+            spread = (old - old.mean(0)).square().mean() + torch.finfo(torch.float64).tiny
+            total, count = total + float((old - new).square().mean() / spread) * len(old), count + len(old)
+    return total / max(count, 1)
+
+
+def _classes_last(values: Tensor) -> Tensor:  # (batch, classes), (batch, tokens, classes), (batch, classes, y, x)
+    values = values.movedim(1, -1) if values.dim() == 4 else values
+    return values.flatten(0, -2) if values.dim() > 1 else values[None]
+
+
+def output_moments(
+    model: nn.Module, batches: Iterable[Inputs], names: Sequence[str], *, logits: bool, seed: int = 0
+) -> dict[str, Tensor]:
+    """For each layer the second moment of the gradients at its outputs, (rows, rows), with mean diagonal 1.
+
+    The gradients are those of the log-likelihood of a label drawn from the model's own prediction (for outputs that are
+    no logits, of a random projection), so that the moment is the layer's factor of the Fisher information. Layers that
+    no gradient reaches are left out.
+
+    Source: Martens and Grosse 2015, K-FAC; Grosse and Martens 2016 for convolutions.
+    """
+    sums: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as stack, torch.enable_grad():
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(_gradient_hook(name, sums)).remove)
+        for whole in batches:
+            for inputs in split_batch(whole, BACKWARD):
+                score = _score(_first_output(call(model, inputs)), generator, logits=logits)
+                if score.requires_grad:
+                    score.backward()
+    found = {}
+    for name, total in sums.items():
+        size = float(total.diagonal().mean())
+        if size > 0 and torch.isfinite(total).all():
+            found[name] = total / size
+    return found
+
+
+def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        axis = 1 if isinstance(module, nn.Conv2d) else -1
+
+        def take_in(gradient: Tensor) -> None:
+            rows = gradient.movedim(axis, -1).flatten(0, -2).float()
+            moment = (rows.mT @ rows).double()
+            sums[name] = sums[name] + moment if name in sums else moment
+
+        if not output.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        output.register_hook(take_in)
+        return output
+
+    return hook
+
+
+def _score(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
+    if not logits:
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        return (output * signs).sum()
+    values = _classes_last(output).float().log_softmax(-1)
+    labels = torch.multinomial(values.detach().exp().cpu(), 1, generator=generator).to(values.device)
+    return values.gather(1, labels).sum()
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def norms_after(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, str]:
+    """For each layer that feeds a BatchNorm directly, the name of that BatchNorm; both must be called once."""
+    made: dict[int, list[str]] = {}
+    kept: list[Tensor] = []  # so that no id is given twice
+    found: dict[str, list[str]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                made.setdefault(id(output), []).append(name)
+                kept.append(output)
+
+        return hook
+
+    def match(norm: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            origin = made.get(id(arguments[0]), []) if arguments else []
+            found.setdefault(norm, []).extend(origin or [""])
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
+        for name, module in model.named_modules():
+            if isinstance(module, NORMS) and module.running_mean is not None:
+                stack.callback(module.register_forward_pre_hook(match(name)).remove)
+        call(model, inputs)
+    calls = [name for names_of in made.values() for name in names_of]
+    pairs = {origin[0]: norm for norm, origin in found.items() if len(origin) == 1 and origin[0]}
+    return {name: norm for name, norm in pairs.items() if calls.count(name) == 1}

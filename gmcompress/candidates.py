@@ -1,0 +1,213 @@
+"""What one layer may become: candidates of every size with their cost and the loss of a fit of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+
+import torch
+from torch import Tensor
+
+from .errors import GMError
+from .fitting import Metric, Tensors, refine, start_factors
+from .groups import Group, quotients
+from .projection import project
+from .selection import Candidate
+from .structure import Structure, expand
+
+SHARES = (0.04, 0.06, 0.09, 0.13, 0.18, 0.25, 0.33, 0.42, 0.53, 0.66, 0.8, 0.93)  # of the dense weight: sizes offered
+GRIDS = (4, 8, 16)  # blocks along each side of an adapted basis
+ANCHOR = 0.33  # the share at which the grids of a layer are compared
+STEPS = 4  # of the fit, for every candidate
+EFFORT = 3e11  # multiply-adds for the table of one layer; above it only low ranks are offered
+LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A weight to be planned: float64 (rows, columns, *taps), what its errors cost, and how often it is applied."""
+
+    weight: Tensor
+    metric: Metric
+    conv_groups: int = 1
+    positions: int | None = None  # outputs of one example to which the weight is applied; None where unknown
+    itemsize: int = 4  # bytes of a stored number
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def relative_loss(self, approximation: Tensor) -> float:
+        """tr(G E S Eᵀ)/tr(G W S Wᵀ)."""
+        return self.metric.relative_loss(approximation, self.weight)
+
+    def candidate(self, structure: Structure | None, loss: float) -> Candidate:
+        """The candidate with its exact costs."""
+        dense = self.weight.numel()
+        stored = dense if structure is None else structure.parameters(self.shape)
+        macs = None if self.positions is None else self.positions * multiply_adds(structure, self.shape)
+        return Candidate(None if structure is None else str(structure), stored, stored * self.itemsize, macs, loss)
+
+
+def multiply_adds(structure: Structure | None, shape: Sequence[int]) -> int:
+    """Multiply-adds for one output position of a layer, whichever is less of the dense product and the factors'."""
+    dense = prod(shape)
+    if structure is None or structure.group is not None:
+        return dense
+    return min(dense, structure.parameters(shape))
+
+
+def rank_within(shape: Sequence[int], limit: int, *, grid: tuple[int, int] | None, split: bool) -> int:
+    """The largest rank of a factor part that stores at most `limit` numbers; 0 where not even 1 does.
+
+    >>> rank_within((64, 64, 3, 3), 18432, grid=(8, 8), split=True)
+    41
+    """
+    each = Structure.factors(1, grid=grid, split=split).parameters(shape)
+    rows = shape[0] * (shape[2] if split else 1)
+    return min(limit // each, rows, prod(shape) // rows)
+
+
+def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
+    """The candidates of one layer, dense among them, each with the relative loss of its fit; dominated ones left out.
+
+    Low ranks in both views, adapted bases on the grid of blocks that suits the layer, and the group matrices of every
+    quotient of `group` that fits, with displacement ranks up to 2. Along each family the fits are nested: a larger
+    rank starts from the smaller one's fit, so that more parameters never give a larger loss.
+    """
+    found = [subject.candidate(None, 0.0)]
+    found += _low_ranks(subject)
+    views = [False, True] if _has_split(subject.shape) else [False]
+    if _cost(subject) <= EFFORT:
+        found += _adapted(subject, split=views[-1])
+        found += [] if group is None else _group_matrices(subject, group)
+    return undominated(found)
+
+
+def undominated(found: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates than which no other is at most as large in every cost and at most as lossy, by size."""
+    kept: list[Candidate] = []
+    for each in sorted(found, key=lambda c: (c.params, c.loss)):
+        better = (k.loss <= each.loss and (k.macs or 0) <= (each.macs or 0) for k in kept)
+        if not any(better):
+            kept.append(each)
+    return kept
+
+
+def _has_split(shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and min(shape[2:]) > 1
+
+
+def _cost(subject: Subject) -> float:
+    """Multiply-adds, about, of the fits behind one layer's table."""
+    rank = min(subject.shape[0], prod(subject.shape[1:])) / 3
+    product = 8 * subject.weight.numel() * rank
+    product += 0 if subject.metric.inputs is None else subject.weight.numel() * prod(subject.shape[1:])
+    return product * STEPS * 15 * (len(SHARES) + len(GRIDS))
+
+
+def _low_ranks(subject: Subject) -> Iterator[Candidate]:
+    """Low ranks rows × columns·taps, and for k×k convolutions rows·ky × columns·kx."""
+    limit = subject.weight.numel()
+    for split in [False, True] if _has_split(subject.shape) else [False]:
+        ranks = [rank_within(subject.shape, int(share * limit), grid=None, split=split) for share in SHARES]
+        if not (largest := max(ranks)):
+            continue
+        whole = Structure.factors(largest, split=split)
+        tensors = start_factors(subject.weight, whole, subject.metric)
+        for rank in sorted({each for each in ranks if each}):
+            structure = Structure.factors(rank, split=split)
+            cut = {"left": tensors["left"][..., :rank], "right": tensors["right"][:rank]}
+            loss = subject.relative_loss(expand(cut, structure, subject.shape))
+            yield subject.candidate(structure, loss)
+
+
+def grids_of(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The grids of blocks that divide a weight's rows and columns, square or as near as they allow."""
+    found = {(_divisor(shape[0], size), _divisor(shape[1], size)) for size in GRIDS}
+    return sorted(each for each in found if each[0] * each[1] > 1)
+
+
+def _divisor(width: int, wanted: int) -> int:
+    """The largest number of at most `wanted` blocks, of at least two channels, that divides a width."""
+    return max(each for each in range(1, wanted + 1) if width % each == 0 and (width >= 2 * each or each == 1))
+
+
+def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
+    limit, chains = subject.weight.numel(), []
+    for grid in grids_of(subject.shape):
+        rank = rank_within(subject.shape, int(ANCHOR * limit), grid=grid, split=split)
+        if rank:
+            structure = Structure.factors(rank, grid=grid, split=split)
+            _, loss = fit_factors(subject, structure, None, iterations=STEPS + 2)
+            chains.append((loss, grid))
+    if not chains:
+        return []
+    grid = min(chains)[1]
+    ranks = {rank_within(subject.shape, int(share * limit), grid=grid, split=split) for share in SHARES}
+    found, tensors = [], None
+    for rank in sorted(ranks - {0}):
+        structure = Structure.factors(rank, grid=grid, split=split)
+        tensors, loss = fit_factors(subject, structure, tensors, iterations=STEPS)
+        found.append(subject.candidate(structure, loss))
+    return found
+
+
+def fit_factors(
+    subject: Subject, structure: Structure, smaller: Tensors | None, *, iterations: int
+) -> tuple[Tensors, float]:
+    """A factor part and its relative loss, from the fit of a smaller rank grown by what that one leaves, if given."""
+    start = start_factors(subject.weight, structure, subject.metric)
+    if smaller is not None:
+        start = min((start, _grown(subject, structure, smaller)), key=lambda each: _loss(subject, structure, each))
+    tensors = refine(subject.weight, structure, start, metric=subject.metric, iterations=iterations)
+    return tensors, _loss(subject, structure, tensors)
+
+
+def _loss(subject: Subject, structure: Structure, tensors: Tensors) -> float:
+    return subject.relative_loss(expand(tensors, structure, subject.shape))
+
+
+def _grown(subject: Subject, structure: Structure, smaller: Tensors) -> Tensors:
+    """A fit of smaller rank, with the leading components of its error appended."""
+    had = smaller["right"].shape[0]
+    old = Structure.factors(had, grid=structure.grid, split=structure.split)
+    more = Structure.factors(structure.lowrank - had, grid=structure.grid, split=structure.split)
+    rest = subject.weight - expand(smaller, old, subject.shape)
+    extra = start_factors(rest, more, subject.metric)
+    axes = {"left": -1, "right": 0, "scales": -1}
+    return {name: torch.cat([smaller[name], extra[name]], dim=axes[name]) for name in smaller}
+
+
+def _group_matrices(subject: Subject, group: Group) -> Iterator[Candidate]:
+    """The nearest group matrices of every quotient that fits, alone and with small displacement ranks."""
+    rows, columns = subject.shape[0] // subject.conv_groups, subject.shape[1]
+    width = gcd(rows, columns)
+    for quotient in quotients(group):
+        if quotient.order == 1 or quotient.order > LARGEST_QUOTIENT or width % quotient.order:
+            continue
+        for rank in range(min(3, quotient.order)):
+            structure = Structure.regular(quotient, displacement=rank)
+            if structure.parameters(subject.shape) < subject.weight.numel():
+                fit = project(subject.weight, structure)
+                yield subject.candidate(structure, _loss(subject, structure, dict(fit.tensors)))
+
+
+def plain_svd(subject: Subject, limit: int) -> tuple[Structure, float]:
+    """The better view's low rank of at most `limit` stored numbers, by truncated (whitened) SVD, and its loss.
+
+    Raises:
+        GMError: not even rank 1 fits.
+    """
+    found = []
+    for split in [False, True] if _has_split(subject.shape) else [False]:
+        rank = rank_within(subject.shape, limit, grid=None, split=split)
+        if rank:
+            structure = Structure.factors(rank, split=split)
+            tensors = start_factors(subject.weight, structure, subject.metric)
+            found.append((_loss(subject, structure, tensors), split, structure))
+    if not found:
+        raise GMError(f"a weight of shape {subject.shape} has no low rank of at most {limit} numbers")
+    loss, _, structure = min(found, key=lambda each: each[:2])
+    return structure, loss

@@ -1,0 +1,43 @@
+"""Structured weights: what they look like, and what follows from the orbits of a group on rows, columns and taps."""
+
+from .algebra import (
+    as_structure,
+    as_view,
+    check_weight,
+    diagonals,
+    distance,
+    expand,
+    factor_weight,
+    from_view,
+    index_tensor,
+    nearest,
+    orbit_means,
+)
+from .description import Structure
+from .displacement import (
+    displacement,
+    displacement_rank,
+    generator_displacement,
+    generator_displacement_rank,
+    numerical_rank,
+)
+
+__all__ = [
+    "Structure",
+    "as_structure",
+    "as_view",
+    "check_weight",
+    "diagonals",
+    "displacement",
+    "displacement_rank",
+    "distance",
+    "expand",
+    "factor_weight",
+    "from_view",
+    "generator_displacement",
+    "generator_displacement_rank",
+    "index_tensor",
+    "nearest",
+    "numerical_rank",
+    "orbit_means",
+]

@@ -1,0 +1,92 @@
+"""fine_tune(): from a model, a loader and a recipe to a better model, with checkpoints on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoints import load_checkpoint, save_checkpoint
+from ..errors import GMError
+from ..surgery import check_model
+from .factors import balance_
+from .recipe import Recipe
+from .running import Progress, Run, own_random_numbers, seed_all
+from .trial import decide
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+def fine_tune(
+    model: nn.Module,
+    loader: Iterable[Any],
+    recipe: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    evaluate: Evaluate | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A fine-tuned copy of the model, in evaluation mode, and one row of history per epoch.
+
+    A batch is (inputs, labels), inputs alone, or a mapping with or without "labels"; without labels the loss is
+    distillation alone, without a teacher it is the task alone. Every epoch draws its random numbers from (seed, epoch),
+    so that with a `folder` of checkpoints, written after each epoch, `resume=True` with the same model and teacher goes
+    on exactly where the last complete epoch ended. `evaluate(model)` returns further columns of the history, such as an
+    accuracy. Where the learning rate was tried, the first row has a column `trial`: JSON with the rate chosen, the loss
+    of each (null where it was not finite), the steps of each and the seconds of all. `progress(epoch, step, steps,
+    loss)` is called after every step, in the trial with -1 as the epoch. Runs through accelerate: on the CPU, one GPU,
+    or several when launched by `accelerate launch`.
+
+    Raises:
+        GMError: an empty loader, a teacher with other outputs, neither teacher nor labels, a loss that is not finite,
+            blocks or layers without their like in the teacher, or a checkpoint of another model or recipe.
+
+    >>> import torch
+    >>> tuned, history = fine_tune(nn.Linear(2, 2), [torch.ones(4, 2)], Recipe(epochs=1), teacher=nn.Linear(2, 2))
+    >>> list(history[0])
+    ['epoch', 'loss', 'lr', 'seconds', 'trial']
+    """
+    begun = time.perf_counter()
+    check_model(model)
+    student = copy.deepcopy(model)
+    balance_(student)
+    run = Run(student, teacher, loader, recipe)
+    folder = None if folder is None else Path(folder)
+    history: list[dict[str, Any]] = []
+    decided: dict[str, Any] = {}
+    if resume:
+        if folder is None:
+            raise GMError("resume=True needs the folder of the checkpoints")
+        history, decided = load_checkpoint(folder, run.state(), asdict(recipe))
+    with own_random_numbers():
+        if not history:
+            decided = _begin(run, begun, progress)
+        for epoch in range(len(history), math.ceil(decided["steps"] / run.steps)):
+            seed_all(recipe.seed, epoch + 1)
+            row = run.epoch(epoch, steps=decided["steps"], peak=decided["lr"], progress=progress)
+            if epoch == 0 and decided["trial"] is not None:
+                row["trial"] = json.dumps(decided["trial"])
+            if evaluate is not None:
+                row.update(evaluate(run.result()))
+            history.append(row)
+            if folder is not None and run.accelerator.is_main_process:
+                save_checkpoint(folder, run.state(), history, asdict(recipe), decided=decided)
+            run.accelerator.wait_for_everyone()
+    return run.finish(), history
+
+
+def _begin(run: Run, begun: float, progress: Progress | None) -> dict[str, Any]:
+    """Recalibrate, and decide what has to be known before the first step."""
+    seed_all(run.recipe.seed, 0)
+    run.annealing.set(0.0)
+    run.recalibrate()
+    return decide(run, begun=begun, progress=progress)

@@ -1,0 +1,208 @@
+"""The losses of fine-tuning: distillation with labels, and the outputs of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ..errors import GMError
+from ..layers import GMLayer
+from ..surgery import describe, get_modules
+from .recipe import Recipe
+
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def distillation_loss(
+    found: Tensor,  # (batch, classes), (batch, tokens, classes) or (batch, classes, *places)
+    wanted: Tensor | None,  # the teacher's, same shape
+    labels: Tensor | None,  # without the axis of classes
+    recipe: Recipe,
+) -> Tensor:  # ()
+    """`distillation` × T² × KL(teacher ‖ student) + `task` × cross-entropy; one of them alone where one is missing.
+
+    Raises:
+        GMError: the teacher's outputs have another shape, the labels do not fit, or there is neither.
+    Source: Hinton, Vinyals and Dean 2015, section 2.
+
+    >>> logits = torch.tensor([[2.0, 1.0]])
+    >>> distillation_loss(logits, logits, None, Recipe())
+    tensor(0.)
+    """
+    if wanted is not None and wanted.shape != found.shape:
+        raise GMError(f"the teacher's outputs have shape {tuple(wanted.shape)}, the model's {tuple(found.shape)}")
+    if wanted is None and labels is None:
+        raise GMError("there is nothing to learn from: neither a teacher nor labels in the batches")
+    axis = _class_axis(found, labels)
+    found = found.movedim(axis, -1).flatten(0, -2).float()
+    loss = found.new_zeros(())
+    if wanted is not None:
+        t = recipe.temperature
+        target = F.log_softmax(wanted.movedim(axis, -1).flatten(0, -2).float() / t, dim=-1)
+        kl = F.kl_div(F.log_softmax(found / t, dim=-1), target, log_target=True, reduction="batchmean")
+        loss = recipe.distillation * t * t * kl
+    if labels is not None:
+        weight = recipe.task if wanted is not None else 1.0
+        loss = loss + weight * F.cross_entropy(found, labels.flatten())
+    return loss
+
+
+def _class_axis(found: Tensor, labels: Tensor | None) -> int:
+    """Where the classes are: last in (batch, tokens, classes), second in (batch, classes, *places)."""
+    if found.dim() < 2:
+        raise GMError(f"outputs of shape {tuple(found.shape)} have no axis of classes")
+    if labels is None:
+        return 1 if found.dim() == 4 else -1
+    if labels.shape == found.shape[:-1]:
+        return -1
+    if labels.shape == (found.shape[0], *found.shape[2:]):
+        return 1
+    raise GMError(f"labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(found.shape)}")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: the output itself, its `logits`, or the first of a sequence.
+
+    Raises:
+        GMError: there are none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif isinstance(output, list | tuple) and output:
+        found = output[0]
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise GMError(f"no logits found in the model's output, {describe(output)}")
+    return found
+
+
+def parts_of(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
+    """Inputs and labels of a batch, on the device.
+
+    Raises:
+        GMError: the batch is of no known kind.
+    """
+    if isinstance(batch, Mapping):
+        named = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return named, named.pop("labels", None)
+    if isinstance(batch, Tensor):
+        return batch.to(device), None
+    if isinstance(batch, list | tuple) and 1 <= len(batch) <= 2 and all(isinstance(each, Tensor) for each in batch):
+        return batch[0].to(device), (batch[1].to(device) if len(batch) == 2 else None)
+    raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the loader gave {describe(batch)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The outputs of blocks
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """The modules directly inside the outermost nn.Sequential and nn.ModuleList that hold structured layers.
+
+    A container directly inside a container is opened too. Where the model holds no structured layer, its matrices and
+    kernels take their place.
+
+    >>> find_blocks(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2)))
+    ['0.0', '1']
+    """
+    compressed = any(isinstance(each, GMLayer) for each in model.modules())
+
+    def holds(module: nn.Module) -> bool:
+        if compressed:
+            return any(isinstance(each, GMLayer) for each in module.modules())
+        return any(each.dim() > 1 for each in module.parameters())
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[str]:
+        inside = isinstance(module, CONTAINERS)
+        for key, child in module.named_children():
+            if inside and not isinstance(child, CONTAINERS):
+                if holds(child):
+                    yield prefix + key
+            else:
+                yield from walk(child, f"{prefix}{key}.")
+
+    return list(walk(model, ""))
+
+
+class Features:
+    """The blocks of a student and of its teacher whose outputs are compared.
+
+    Raises:
+        GMError: no teacher, a name that one of them lacks, or none found.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> None:
+        if teacher is None:
+            raise GMError(f"features={recipe.features!r} compares with a teacher, and there is none")
+        self.named = bool(recipe.blocks)
+        known = dict(teacher.named_modules())
+        names = recipe.blocks or tuple(name for name in find_blocks(student) if name in known)
+        self._check(names)
+        self.student, self.teacher = get_modules(student, names), get_modules(teacher, names)
+
+    def loss(
+        self,
+        ours: Mapping[str, Any],  # outputs by name of block
+        theirs: Mapping[str, Any],
+    ) -> Tensor:  # ()
+        """The mean over the blocks of ‖h_s − h_t‖² / ‖h_t − mean(h_t)‖², the mean over all entries of h_t.
+
+        Raises:
+            GMError: a block that was named gave no tensor, or one of another shape than the teacher's; or all did.
+        """
+        names = [name for name in self.student if _same_kind(ours.get(name), theirs.get(name))]
+        if self.named:
+            for name in self.student:
+                if name not in names:
+                    gave, wanted = (describe(each[name]) if name in each else "nothing" for each in (ours, theirs))
+                    raise GMError(f"block {name!r} gave {gave}, in the teacher {wanted}: they cannot be compared")
+        self._check(names)
+        return torch.stack([_relative(ours[name], theirs[name]) for name in names]).mean()
+
+    def _check(self, names: Any) -> None:
+        if not names:
+            raise GMError("found no blocks with outputs of the teacher's shapes to compare; name them with blocks=")
+
+
+def _same_kind(ours: Any, theirs: Any) -> bool:
+    both = isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+    return both and ours.shape == theirs.shape and ours.is_floating_point()
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:  # ()
+    ours, theirs = ours.float(), theirs.float()
+    spread = (theirs - theirs.mean()).square().sum()
+    return (ours - theirs).square().sum() / spread.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@contextmanager
+def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """What these modules return while the block runs, by name, the last call of each; by hooks that then are removed.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> with outputs_of({"it": layer}) as found:
+    ...     _ = layer(torch.zeros(1, 2))
+    >>> found["it"].shape, len(layer._forward_hooks)
+    (torch.Size([1, 3]), 0)
+    """
+    found: dict[str, Any] = {}
+
+    def keeper(name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found[name] = output
+
+        return keep
+
+    handles = [module.register_forward_hook(keeper(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for each in handles:
+            each.remove()

@@ -1,0 +1,243 @@
+"""One training: what it holds, a step of it, an epoch, and its state taken back after steps that were only a test."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, nullcontext
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import GMError
+from ..surgery import call
+from .factors import Annealing, Decay
+from .losses import Features, distillation_loss, logits_of, outputs_of, parts_of
+from .recipe import BATCH_NORMS, Recipe, learning_rate, optimizer_name, rates_to_try
+
+Progress = Callable[[int, int, int, float], None]  # epoch, step, steps, loss; the epoch of the trial is -1
+JUDGED = 8  # batches on which recalibrated statistics are compared with the old ones
+
+
+class Run:
+    """Everything that one training holds: prepared model, teacher, loader, optimizer, decay and average.
+
+    A step is step `at` of `of`: learning rate and annealing follow from these two alone, so that a short run of few
+    steps is a miniature of a long one.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, loader: Iterable[Any], recipe: Recipe) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.utils import ModelEmaV3
+
+        _check_length(loader)
+        if not any(each.requires_grad for each in model.parameters()):
+            raise GMError("every parameter of the model is frozen, so there is nothing to fine-tune")
+        self.recipe = recipe
+        self.accelerator = _accelerator(recipe)
+        self.device = self.accelerator.device
+        model = model.to(self.device)
+        self.teacher = None if teacher is None else copy.deepcopy(teacher).eval().to(self.device)
+        self.ema = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
+        name, decay = optimizer_name(model, recipe), recipe.weight_decay
+        self.rates = rates_to_try(name, recipe)
+        lr = recipe.lr or self.rates[0]  # set anew before every step
+        self.optimizer = create_optimizer_v2(model, opt=name, lr=lr, weight_decay=decay, momentum=recipe.momentum)
+        strength = decay if recipe.decay == "weight" else 0.0
+        self.decay = Decay(model, self.optimizer, name=name, strength=strength)
+        self.features = Features(model, self.teacher, recipe) if recipe.features else None
+        self.annealing = Annealing(model, self.teacher, share=recipe.anneal if recipe.epochs or recipe.minutes else 0.0)
+        for each in [model] if self.ema is None else [model, self.ema.module]:
+            self.annealing.attach(each)
+        self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
+        self.steps = len(self.loader)  # in an epoch, of this process, where there are several
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, by name."""
+        averaged = {} if self.ema is None else {"ema": self.ema.module}
+        scaler = {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
+        return {"model": self.plain, "optimizer": self.optimizer, **averaged, **scaler}
+
+    @property
+    def plain(self) -> nn.Module:
+        """The student as it was before accelerate wrapped it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def result(self) -> nn.Module:
+        """The model as it would be handed over now: the average where there is one, in evaluation mode."""
+        return (self.plain if self.ema is None else self.ema.module).eval()
+
+    def finish(self) -> nn.Module:
+        """The result, free of hooks and of what accelerate wrapped around it."""
+        self.annealing.remove()
+        return self.accelerator.unwrap_model(self.result(), keep_fp32_wrapper=False)
+
+    def loss(self, batch: Any, *, features: bool = False) -> Tensor:  # ()
+        """The loss of one batch against teacher and labels, with that of the blocks on request."""
+        inputs, labels = parts_of(batch, self.device)
+        compared = self.features if features else None
+        none: dict[str, Any] = {}
+        watched = nullcontext(none) if compared is None else outputs_of(compared.student)
+        with self.accelerator.autocast():
+            with watched as ours:
+                found = logits_of(call(self.model, inputs))
+            wanted = None
+            if self.teacher is not None:
+                seen = nullcontext(none) if compared is None else outputs_of(compared.teacher)
+                with torch.no_grad(), seen as theirs:
+                    wanted = logits_of(call(self.teacher, inputs))
+        loss = distillation_loss(found, wanted, labels, self.recipe)
+        return loss if compared is None else loss + self.recipe.features * compared.loss(ours, theirs)
+
+    def step(self, batch: Any, *, at: int, of: int, peak: float, warmup: float) -> float:
+        """One step of the optimizer, and its loss."""
+        rate = learning_rate(at, steps=of, peak=peak, warmup=warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.annealing.set(at / of)
+        loss = self.loss(batch, features=True)
+        self.accelerator.backward(loss)
+        if self.recipe.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        else:
+            self.accelerator.unscale_gradients()
+        self.decay.apply_(at, rate=rate)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        return float(loss.detach())
+
+    def epoch(self, number: int, *, steps: int, peak: float, progress: Progress | None) -> dict[str, Any]:
+        """One pass over the loader, of a run of so many steps; the last pass ends with the last step."""
+        self.model.train()
+        start, total, seen, first = time.perf_counter(), 0.0, 0, number * self.steps
+        here = min(self.steps, steps - first)
+        for batch in self.loader:
+            value = self.step(batch, at=first + seen, of=steps, peak=peak, warmup=self.warmup(steps))
+            if not math.isfinite(value):
+                raise GMError(f"the loss is {value} in epoch {number}, step {seen}; try a smaller learning rate")
+            if self.ema is not None:
+                self.ema.update(self.plain)
+            total, seen = total + value, seen + 1
+            if progress is not None:
+                progress(number, seen, here, value)
+            if seen == here < self.steps:  # a whole pass goes on to the loader's own end, where accelerate tidies up
+                break
+        if not seen:
+            raise GMError("the loader is empty: it gave no batch")
+        self.annealing.set((first + seen) / steps)
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"epoch": number, "loss": self.mean(total / seen), "lr": rate, "seconds": time.perf_counter() - start}
+
+    def warmup(self, steps: int) -> float:
+        """The share of the warm-up in a run of so many steps."""
+        return self.recipe.warmup * self.steps / steps
+
+    def mean(self, value: float) -> float:
+        """The mean over the processes, the same in all of them."""
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
+
+    def recalibrate(self) -> None:
+        """Re-estimate the BatchNorm statistics, as the recipe says."""
+        norms = [each for each in self.model.modules() if isinstance(each, BATCH_NORMS) and each.track_running_stats]
+        if not self.recipe.recalibrate or not norms:
+            return
+        judged = list(islice(self.loader, JUDGED)) if self.recipe.recalibrate == "auto" else []
+        old = [copy.deepcopy(norm.state_dict()) for norm in norms]
+        before = self.loss_on(judged)
+        self.model.eval()
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch: a cumulative average
+            norm.train()
+        with torch.no_grad():
+            for batch in islice(self.loader, self.recipe.recalibration_batches):
+                call(self.model, parts_of(batch, self.device)[0])
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        if judged and self.loss_on(judged) >= before:
+            for norm, state in zip(norms, old, strict=True):
+                norm.load_state_dict(state)
+        if self.ema is not None:
+            self.ema.set(self.plain)
+
+    @torch.no_grad()
+    def loss_on(self, batches: Sequence[Any]) -> float:
+        """The sum of the losses of these batches, in evaluation mode."""
+        self.model.eval()
+        return sum(float(self.loss(batch)) for batch in batches)
+
+    @contextmanager
+    def taken_back(self) -> Iterator[Callable[[], None]]:
+        """Steps inside are undone at the end, and by the function given: weights, statistics, optimizer and scaler."""
+        tensors = [*chain(self.plain.parameters(), self.plain.buffers())]
+        kept = [each.detach().clone() for each in tensors]
+        parts = [self.optimizer, *([] if self.accelerator.scaler is None else [self.accelerator.scaler])]
+        states = [copy.deepcopy(part.state_dict()) for part in parts]
+
+        @torch.no_grad()
+        def undo() -> None:
+            for tensor, old in zip(tensors, kept, strict=True):
+                tensor.copy_(old)
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(copy.deepcopy(state))
+            self.annealing.set(0.0)
+
+        try:
+            yield undo
+        finally:
+            undo()
+
+
+def _check_length(loader: Iterable[Any]) -> None:
+    if not isinstance(loader, Sized):
+        raise GMError(
+            f"the loader needs a length, for the schedule; a {type(loader).__name__} has none: use a DataLoader"
+        )
+    if not len(loader):
+        raise GMError("the loader is empty: it gives no batch")
+
+
+def _accelerator(recipe: Recipe) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    on_cpu = recipe.device is not None and torch.device(recipe.device).type == "cpu"
+    cuda = torch.cuda.is_available() and not on_cpu
+    options = {
+        "mixed_precision": recipe.amp or ("bf16" if cuda else "no"),
+        "cpu": on_cpu,
+        # a head that no output reaches must not stall the other processes
+        "kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)],
+    }
+    try:
+        return Accelerator(**options)
+    except ValueError:  # accelerate keeps the settings of the first Accelerator of a process; this one differs
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(**options)
+
+
+def seed_all(seed: int, *stream: int) -> None:
+    """Seed the global streams of random numbers: one for each epoch, counted from 1, and (0,), (0, ...) before them."""
+    mixed = int(np.random.SeedSequence([seed, *stream]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)  # augmentations of timm draw from numpy's global stream
+    torch.manual_seed(mixed)
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Random numbers drawn inside leave the caller's streams where they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
