@@ -10,7 +10,7 @@ from .errors import GMError
 from .groups import Group, GSet, group
 from .layers import GMConv2d, GMLinear
 from .metrics import Metrics, measure
-from .pipeline import compress, densify, equivariance, tune
+from .pipeline import compress, densify, equivariance, sweep, tune
 from .pipeline import make_plan as plan
 from .planning import Plan
 from .projection import Fit, project
@@ -61,6 +61,7 @@ __all__ = [
     "project",
     "replace",
     "save",
+    "sweep",
     "trace",
     "tune",
 ]

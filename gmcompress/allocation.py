@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -13,8 +13,9 @@ from .budgets import Budget
 from .calibration import collect, divergence, first_of, outputs
 from .candidates import Subject, candidates, multiply_adds, rank_within
 from .errors import GMError
-from .fitting import Metric, start_factors
+from .factors import Metric, start_factors
 from .groups import Group
+from .notes import Notes
 from .planning import Eligible, Plan
 from .reconstruction import Calibration
 from .selection import Candidate, Selection, select
@@ -70,16 +71,21 @@ def tabulate(
     *,
     calibration: Calibration | None = None,
     positions: Mapping[str, int] | None = None,
+    notes: Notes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[Candidate]]:
     """For every site the candidates and their losses: weighted by sensitivity with data, relative squared without."""
-    found: dict[str, list[Candidate]] = {}
-    names = [site.name for site in sites]
-    chunks = [names] if calibration is None else calibration.chunks(dense, names)
+    notes = notes or Notes(None, {})
     by_name = {site.name: site for site in sites}
-    probes = None if calibration is None else _Probes(dense, calibration, len(sites), positions or {})
+    kept = {name: notes.read("table", name) for name in by_name}
+    found = {name: [Candidate(**row) for row in each[0]["rows"]] for name, each in kept.items() if each}
+    names = [name for name in by_name if name not in found]
+    chunks = [names] if calibration is None else calibration.chunks(dense, names)
+    probes = None
     for chunk in chunks:
         moments = {} if calibration is None else collect(dense, dense, chunk, calibration.batches)
+        if calibration is not None and probes is None:
+            probes = _Probes(dense, calibration, len(sites), positions or {})
         for name in chunk:
             if progress is not None:
                 progress(name, len(found), len(sites))
@@ -90,7 +96,8 @@ def tabulate(
             if probes is not None:
                 sensitivity = probes.measure(name, subject)
                 found[name] = [sensitivity.weigh(each) for each in found[name]]
-    return found
+            notes.write("table", name, {"rows": [asdict(each) for each in found[name]]})
+    return {name: found[name] for name in by_name}
 
 
 class _Probes:
@@ -139,75 +146,87 @@ def _at_most(batches: Sequence[Inputs], examples: int) -> list[Inputs]:
     return found
 
 
-def allocate(
-    eligible: Eligible,
-    sites: Sequence[Site],
-    table: Mapping[str, Sequence[Candidate]],  # of the free layers
-    budgets: Sequence[Budget],
-    *,
-    group: str,
-    totals: Mapping[str, int],  # of the dense model: params, bytes and, where it was run, macs
-    positions: Mapping[str, int] | None = None,
-    itemsize: int = 4,
-    calibrated: bool = False,
-) -> Plan:
+@dataclass(frozen=True)
+class Table:
+    """Everything that a choice under a budget depends on; plans for any number of budgets follow from one table.
+
+    `totals` are those of the dense model: params, bytes and, where it was run, macs.
+    """
+
+    eligible: Eligible
+    sites: Sequence[Site]
+    candidates: Mapping[str, Sequence[Candidate]]  # of the free layers
+    group: str
+    totals: Mapping[str, int]
+    positions: Mapping[str, int] | None
+    itemsize: int
+    calibrated: bool
+
+    def whole(self) -> dict[str, list[Candidate]]:
+        """The candidates of the free layers, and of the prescribed ones the single one that each has."""
+        shapes = {site.name: site.shape for site in self.sites}
+        full = {name: list(each) for name, each in self.candidates.items()}
+        for name, structure in self.eligible.prescribed.items():
+            macs = None
+            if self.positions is not None:
+                macs = self.positions.get(name, 0) * multiply_adds(structure, shapes[name])
+            stored = structure.parameters(shapes[name])
+            full[name] = [Candidate(str(structure), stored, stored * self.itemsize, macs, 0.0)]
+        return full
+
+    def fixed(self) -> dict[str, int]:
+        """The costs of what no choice changes."""
+        shapes = {site.name: site.shape for site in self.sites}
+        names = [*self.candidates, *self.eligible.prescribed]
+        dense = {name: math.prod(shapes[name]) for name in names}
+        found = {
+            "params": self.totals["params"] - sum(dense.values()),
+            "bytes": self.totals["bytes"] - self.itemsize * sum(dense.values()),
+        }
+        if "macs" in self.totals:
+            positions = self.positions or {}
+            found["macs"] = self.totals["macs"] - sum(positions.get(name, 0) * dense[name] for name in names)
+        return found
+
+
+def allocate(table: Table, budgets: Sequence[Budget]) -> Plan:
     """The plan of least predicted loss within the budgets, the rounding left by the table's sizes spent on ranks.
 
     Raises:
         GMError: the budgets cannot be reached, or one on multiply-adds where no inputs were given.
     """
-    shapes = {site.name: site.shape for site in sites}
-    full = dict(table)
-    for name, structure in eligible.prescribed.items():
-        count = None if positions is None else positions.get(name, 0) * multiply_adds(structure, shapes[name])
-        stored = structure.parameters(shapes[name])
-        full[name] = [Candidate(str(structure), stored, stored * itemsize, count, 0.0)]
-    dense = {name: math.prod(shapes[name]) for name in full}
-    macs = {name: (positions or {}).get(name, 0) * size for name, size in dense.items()}
-    fixed = {
-        "params": totals["params"] - sum(dense.values()),
-        "bytes": totals["bytes"] - itemsize * sum(dense.values()),
-    }
-    if "macs" in totals:
-        fixed["macs"] = totals["macs"] - sum(macs.values())
-    limits = {}
+    full, fixed, limits = table.whole(), table.fixed(), {}
     for budget in budgets:
-        if budget.what not in totals:
+        if budget.what not in table.totals:
             raise GMError(f"{budget}: multiply-adds are counted from a run, so give example inputs or data")
-        limits[budget.what] = budget.absolute(totals[budget.what])
-    chosen = select(full, limits, fixed_costs=fixed, totals=totals, ties=eligible.ties)
+        limits[budget.what] = budget.absolute(table.totals[budget.what])
+    ties = table.eligible.ties
+    chosen = select(full, limits, fixed_costs=fixed, totals=table.totals, ties=ties)
     picked = {name: full[name][index].structure for name, index in chosen.choice.items()}
     structures = {name: None if text is None else Structure.parse(text) for name, text in picked.items()}
     if set(limits) == {"params"}:
-        held = [*eligible.prescribed, *(name for names in eligible.ties for name in names)]
+        held = [*table.eligible.prescribed, *(name for names in ties for name in names)]
         room = limits["params"] - fixed["params"] - chosen.costs["params"]
+        shapes = {site.name: site.shape for site in table.sites}
         structures = fill(structures, shapes, room, full, fixed=held)
-    return _plan(eligible, sites, structures, chosen, group, totals["params"], budgets, calibrated=calibrated)
+    return _plan(table, structures, chosen, budgets)
 
 
 def _plan(
-    eligible: Eligible,
-    sites: Sequence[Site],
-    structures: Mapping[str, Structure | None],
-    chosen: Selection,
-    group: str,
-    model_parameters: int,
-    budgets: Sequence[Budget],
-    *,
-    calibrated: bool,
+    table: Table, structures: Mapping[str, Structure | None], chosen: Selection, budgets: Sequence[Budget]
 ) -> Plan:
-    layers = {site.name: str(structures[site.name]) for site in sites if structures.get(site.name) is not None}
+    layers = {site.name: str(structures[site.name]) for site in table.sites if structures.get(site.name) is not None}
     kept = {name: "dense is its best use of the budget" for name, each in structures.items() if each is None}
     optimum: dict[str, float | str] = {
         "budget": ", ".join(map(str, budgets)),
-        "measure": "divergence of the outputs" if calibrated else "squared relative error",
+        "measure": "divergence of the outputs" if table.calibrated else "squared relative error",
         "loss": chosen.loss,
         "bound": chosen.bound,
         "gap": chosen.gap,
     }
-    reasons = {**eligible.skipped, **kept}
-    skipped = {site.name: reasons[site.name] for site in sites if site.name not in layers}
-    return Plan(group, layers, skipped, tuple(sites), model_parameters, optimum)
+    reasons = {**table.eligible.skipped, **kept}
+    skipped = {site.name: reasons[site.name] for site in table.sites if site.name not in layers}
+    return Plan(table.group, layers, skipped, tuple(table.sites), table.totals["params"], optimum)
 
 
 def fill(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import GMError
-from .fitting import Metric, Tensors, refine, start_factors
+from .factors import Metric, Tensors, start_factors
+from .fitting import refine
 from .groups import Group, quotients
 from .projection import project
 from .selection import Candidate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from dataclasses import replace as changed
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from . import metrics
-from .allocation import allocate, tabulate
+from .allocation import Table, allocate, tabulate
 from .budgets import Given, parse_budget
 from .calibration import SAMPLES, first_of, take
 from .errors import GMError, nearest_names
+from .files import json_digest
 from .groups import Group
 from .groups import group as parse_group
 from .layers import GMLayer, counterpart
 from .metrics import count_macs, layer_positions, measure_together, stored_bytes
+from .notes import Notes, data_digest, model_digest
 from .planning import Override, Plan, Rule, Rules, choose, eligible
 from .projection import Fit, project, svd_error
 from .reconstruction import Calibration, Reconstruction, calibrate, reconstruct
@@ -67,34 +70,33 @@ class _Job:
         example = first_of(self.batches[0], 1)
         return calibrate(dense, self.batches, names, logits=logits, macs=count_macs(dense, example)[0])
 
-    def budgeted(self, dense: nn.Module, budget: Given, options: Mapping[str, Any]) -> Plan:
-        """The plan under a budget."""
-        budgets = parse_budget(budget)
-        sites = trace(self.model, self.inputs)
+    def notes(self, folder: str | Path | None, rules: Mapping[str, Any]) -> Notes:
+        """Where what is done is kept, where a folder is given."""
+        if folder is None:
+            return Notes(None, {})
+        key = {
+            "model": model_digest(self.model),
+            "data": data_digest([*self.batches, self.inputs]),
+            "group or rule": json_digest({"group": str(self.group), **{k: repr(v) for k, v in rules.items()}}),
+        }
+        return Notes(folder, key)
+
+    def table(self, rules: Mapping[str, Any], notes: Notes) -> Table:
+        """What every layer may become, and what that would cost."""
+        dense, sites = shell(self.model), trace(self.model, self.inputs)
         bound = parse_group(self.group) if isinstance(self.group, str) else self.group
-        chosen = eligible(sites, **options)
+        chosen = eligible(sites, **rules)
         names = [site.name for site in chosen.free]
         totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
         positions = None
         if self.inputs is not None:
             positions = layer_positions(dense, self.inputs, [*names, *chosen.prescribed])
             totals["macs"] = count_macs(dense, self.inputs)[0]
-        calibration = self.calibration(dense, names)
-        table = tabulate(
-            private(dense), chosen.free, bound, calibration=calibration, positions=positions, progress=self.progress
-        )
+        known = self.calibration(dense, names)
+        options: dict[str, Any] = {"positions": positions, "notes": notes, "progress": self.progress}
+        table = tabulate(private(dense), chosen.free, bound, calibration=known, **options)
         itemsize = next(self.model.parameters()).element_size()
-        return allocate(
-            chosen,
-            sites,
-            table,
-            budgets,
-            group=str(bound),
-            totals=totals,
-            positions=positions,
-            itemsize=itemsize,
-            calibrated=calibration is not None,
-        )
+        return Table(chosen, sites, table, str(bound), totals, positions, itemsize, known is not None)
 
 
 def make_plan(
@@ -111,6 +113,7 @@ def make_plan(
     exclude: Rules = (),
     overrides: Mapping[Rule, Override] | None = None,
     ties: Sequence[Rules] = (),
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What `compress` would do with the same arguments; the model is not changed. Public as `gmcompress.plan`.
@@ -125,12 +128,45 @@ def make_plan(
     job = _Job.of(model, group, inputs, data, samples, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
     if rank is None:
-        return job.budgeted(shell(model), DEFAULT_BUDGET if budget is None else budget, rules | {"ties": ties})
+        budgets, rules["ties"] = parse_budget(DEFAULT_BUDGET if budget is None else budget), ties
+        return allocate(job.table(rules, job.notes(checkpoint, rules)), budgets)
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
     sites = trace(model, job.inputs)
     total = sum(each.numel() for each in model.parameters())
     return choose(sites, group, model_parameters=total, rank=rank, residual=residual, **rules)
+
+
+def sweep(
+    model: nn.Module,
+    group: str | Group = "C32xC32",
+    *,
+    budgets: Sequence[Given] = ("75%", "50%", "35%", "25%", "15%", "10%"),
+    data: Iterable[Any] | None = None,
+    samples: int = SAMPLES,
+    inputs: Inputs | None = None,
+    include: Rules = (),
+    exclude: Rules = (),
+    overrides: Mapping[Rule, Override] | None = None,
+    ties: Sequence[Rules] = (),
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Plan]:
+    """A plan for each of several budgets, from one table; carry one out with `compress(model, plan=...)`.
+
+    Raises:
+        GMError: as `compress`.
+
+    >>> plans = sweep(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), "C8", budgets=["75%", "50%"])
+    >>> [plan.parameters <= share * plan.model_parameters for plan, share in zip(plans, (0.75, 0.5))]
+    [True, True]
+    """
+    check_model(model)
+    parsed = [parse_budget(each) for each in budgets]
+    job = _Job.of(model, group, inputs, data, samples, progress)
+    rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
+    table = job.table(rules, job.notes(checkpoint, rules))
+    return [allocate(table, each) for each in parsed]
 
 
 def compress(
@@ -148,6 +184,7 @@ def compress(
     overrides: Mapping[Rule, Override] | None = None,
     ties: Sequence[Rules] = (),
     plan: Plan | None = None,
+    checkpoint: str | Path | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -165,7 +202,9 @@ def compress(
     names, "re:" patterns or module types; `overrides` maps them to a group, a structure such as "C4+displacement:2" or
     "adapted:8:4x4", or None; the first match wins. Layers of one parent module and of one shape that match an entry of
     `ties` get the same structure. `plan` carries out a plan made before, in place of all of these. With example
-    `inputs`, or data, multiply-adds and latency are measured too.
+    `inputs`, or data, multiply-adds and latency are measured too. `checkpoint` is a folder in which every layer's table
+    and fit are kept as soon as they are known: a call that was interrupted goes on from there, and one with another
+    budget spares the table.
 
     Raises:
         GMError: an unknown group, a budget that cannot be reached, a rule or plan that does not fit, no eligible layer,
@@ -181,11 +220,12 @@ def compress(
     if plan is None:
         rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
         wanted: dict[str, Any] = {"budget": budget, "rank": rank, "residual": residual}
-        plan = make_plan(model, group, **wanted, data=data, samples=samples, inputs=inputs, **rules, progress=progress)
+        wanted |= {"data": data, "samples": samples, "inputs": inputs, "checkpoint": checkpoint, "progress": progress}
+        plan = make_plan(model, group, **wanted, **rules)
     job = _Job.of(model, group, inputs, data, samples, progress)
     dense = shell(model) if inplace else model
     expected = None if job.inputs is None else run(shell(model), job.inputs)
-    fits = _fits(job, plan)
+    fits = _fits(job, plan, checkpoint)
     originals = get_modules(model, plan.layers)
     new_layers = {name: _layer(name, originals[name], fits) for name in plan.layers}
     rows = [_row(name, originals[name], fits.fits[name]) for name in plan.layers]
@@ -204,13 +244,15 @@ def compress(
     return Result(small, plan, report, teacher=None if inplace else model, inputs=job.inputs)
 
 
-def _fits(job: _Job, plan: Plan) -> Reconstruction:
+def _fits(job: _Job, plan: Plan, checkpoint: str | Path | None) -> Reconstruction:
     """The fit of every layer of a plan: to the dense layers' outputs where there is data, else to their weights."""
     structures = {name: Structure.parse(text) for name, text in plan.layers.items()}
     dense = shell(job.model)
     calibration = job.calibration(dense, list(structures))
     if calibration is not None:
-        return reconstruct(dense, private(dense), structures, calibration, progress=job.progress)
+        folder = None if checkpoint is None else Path(checkpoint) / "fits"
+        notes = job.notes(folder, {})
+        return reconstruct(dense, private(dense), structures, calibration, notes=notes, progress=job.progress)
     fits: dict[str, Fit] = {}
     for name, structure in structures.items():
         if job.progress is not None:
@@ -310,7 +352,7 @@ def tune(
     loader: Iterable[Any],
     *,
     teacher: nn.Module | None = None,
-    epochs: int,
+    epochs: int = 0,
     lr: float | None = None,
     **options: Any,
 ) -> Any:

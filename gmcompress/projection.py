@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import GMError
-from .fitting import Metric, refine, start_factors
+from .factors import Metric, start_factors
+from .fitting import refine
 from .groups import Group
 from .linalg import truncated_svd
 from .structure import (

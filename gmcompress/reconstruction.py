@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibration import Moments, collect, norms_after, output_moments
 from .candidates import Subject, plain_svd
-from .fitting import Metric
+from .factors import Metric
+from .files import json_digest
+from .notes import Notes
 from .projection import Fit, project, relative_error
 from .structure import Structure, expand
 from .surgery import Inputs
@@ -86,9 +89,23 @@ def _examples(inputs: Inputs) -> int:
 class Reconstruction:
     """The fits of a plan's layers, and what was changed around them: new biases, and means of BatchNorms by name."""
 
-    fits: Mapping[str, Fit]
-    biases: Mapping[str, Tensor]
-    means: Mapping[str, Tensor]
+    fits: dict[str, Fit]
+    biases: dict[str, Tensor]
+    means: dict[str, Tensor]
+
+    @torch.no_grad()
+    def take_in(self, name: str, small: nn.Module, fit: Fit, bias: Tensor | None, mean: Mean | None) -> None:
+        """Note the fit of one layer, and put it into the compressed model."""
+        self.fits[name] = fit
+        layer = small.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        weight.copy_(expand({k: v.to(weight) for k, v in fit.tensors.items()}, fit.structure, weight.shape))
+        if bias is not None:
+            self.biases[name] = bias
+            layer.get_parameter("bias").copy_(bias)
+        if mean is not None:
+            self.means[mean[0]] = mean[1]
+            small.get_submodule(mean[0]).get_buffer("running_mean").copy_(mean[1])
 
 
 def reconstruct(
@@ -97,38 +114,68 @@ def reconstruct(
     structures: Mapping[str, Structure],  # in the order in which the layers run
     calibration: Calibration,
     *,
+    notes: Notes | None = None,
     progress: Progress | None = None,
 ) -> Reconstruction:
     """Fit every layer to the dense layer's outputs, given the inputs that the compressed model gives it.
 
     The shift of the mean output that a fit leaves is taken out of the layer's bias or of the BatchNorm behind it.
     """
-    fits: dict[str, Fit] = {}
-    biases: dict[str, Tensor] = {}
-    means: dict[str, Tensor] = {}
-    for chunk in calibration.chunks(dense, list(structures)):
+    notes, kind = notes or Notes(None, {}), "fit-" + plan_digest(structures)
+    found = Reconstruction({}, {}, {})
+    names = list(structures)
+    while names and (kept := notes.read(kind, names[0])):
+        found.take_in(names.pop(0), small, *_remembered(*kept))
+    for chunk in calibration.chunks(dense, names):
         moments = collect(dense, small, chunk, calibration.batches)
         for name in chunk:
             if progress is not None:
-                progress(name, len(fits), len(structures))
-            layer, changed = dense.get_submodule(name), small.get_submodule(name)
-            found = moments.pop(name, None)
-            fits[name] = _fit(name, layer, structures[name], calibration, found)
-            fitted = expand(fits[name].tensors, fits[name].structure, layer.get_parameter("weight").shape)
-            with torch.no_grad():
-                changed.get_parameter("weight").copy_(fitted)
-            if found is None or not calibration.absorbs(name, layer):
-                continue
-            shift = found.shift(layer.get_parameter("weight").detach().double(), fitted.double())
-            if isinstance(layer.bias, Tensor):
-                biases[name] = layer.bias.detach() - shift.to(layer.bias)
-                with torch.no_grad():
-                    changed.get_parameter("bias").copy_(biases[name])
-            else:
-                norm = small.get_submodule(calibration.norms[name])
-                norm.get_buffer("running_mean").add_(shift.to(norm.get_buffer("running_mean")))
-                means[calibration.norms[name]] = norm.get_buffer("running_mean").clone()
-    return Reconstruction(fits, biases, means)
+                progress(name, len(found.fits), len(structures))
+            layer, seen = dense.get_submodule(name), moments.pop(name, None)
+            fit = _fit(name, layer, structures[name], calibration, seen)
+            bias, mean = _absorbed(name, layer, small, fit, calibration, seen)
+            found.take_in(name, small, fit, bias, mean)
+            _remember(notes, kind, name, fit, bias, mean)
+    return found
+
+
+def plan_digest(structures: Mapping[str, Structure]) -> str:
+    """What tells the fits of one plan from those of another."""
+    return json_digest({name: str(each) for name, each in structures.items()})[:12]
+
+
+Mean = tuple[str, Tensor]  # a BatchNorm and its new running mean
+
+
+def _absorbed(
+    name: str, layer: nn.Module, small: nn.Module, fit: Fit, calibration: Calibration, moments: Moments | None
+) -> tuple[Tensor | None, Mean | None]:
+    """The new bias of a layer, or the new mean of the BatchNorm behind it."""
+    if moments is None or not calibration.absorbs(name, layer):
+        return None, None
+    weight = layer.get_parameter("weight").detach().double()
+    fitted = expand(fit.tensors, fit.structure, weight.shape).double()
+    shift = moments.shift(weight, fitted)
+    if isinstance(layer.bias, Tensor):
+        return layer.bias.detach() - shift.to(layer.bias), None
+    norm = calibration.norms[name]
+    mean = small.get_submodule(norm).get_buffer("running_mean")
+    return None, (norm, mean + shift.to(mean))
+
+
+def _remember(notes: Notes, kind: str, name: str, fit: Fit, bias: Tensor | None, mean: Mean | None) -> None:
+    facts = {key: getattr(fit, key) for key in ("relative_error", "distance", "loss")}
+    tensors = {f"part.{key}": each for key, each in fit.tensors.items()}
+    tensors |= {} if bias is None else {"bias": bias}
+    tensors |= {} if mean is None else {"mean": mean[1]}
+    notes.write(kind, name, {**facts, "structure": str(fit.structure), "norm": mean and mean[0]}, tensors)
+
+
+def _remembered(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Fit, Tensor | None, Mean | None]:
+    parts = {key.removeprefix("part."): each for key, each in tensors.items() if key.startswith("part.")}
+    numbers = {key: facts[key] for key in ("relative_error", "distance", "loss")}
+    fit = Fit(Structure.parse(facts["structure"]), parts, **numbers)
+    return fit, tensors.get("bias"), (facts["norm"], tensors["mean"]) if "mean" in tensors else None
 
 
 def _fit(name: str, layer: nn.Module, structure: Structure, calibration: Calibration, moments: Moments | None) -> Fit:

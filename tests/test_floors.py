@@ -12,8 +12,9 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg"),
-    ("structure", "surgery", "checkpoints", "budgets"),
-    ("fitting", "layers", "selection", "calibration"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes"),
+    ("factors", "layers", "selection", "calibration"),
+    ("fitting",),
     ("projection",),
     ("planning", "candidates", "metrics", "tuning", "data", "pages"),
     ("reporting", "reconstruction"),
@@ -24,7 +25,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "linalg")}
+ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg")}
 PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
 
 

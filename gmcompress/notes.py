@@ -1,0 +1,84 @@
+"""Notes of a long compression: what is done is kept in a folder, and a second call with the same model goes on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .errors import GMError
+from .files import json_digest, read_json, read_tensors, write_json, write_tensors
+
+KEY = "notes.json"
+
+
+class Notes:
+    """A folder of JSON and safetensors, one entry for each layer done; without a folder nothing is kept.
+
+    Raises:
+        GMError: the folder holds the notes on another model, other data or other rules, or something else.
+    """
+
+    def __init__(self, folder: str | Path | None, key: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        path = self.folder / KEY
+        if path.is_file():
+            found = read_json(path)
+            differing = sorted(name for name in key if found.get(name) != key[name])
+            if differing:
+                what = " and ".join(differing)
+                raise GMError(f"{self.folder} holds the notes of a call with another {what}; give another folder")
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise GMError(f"{self.folder} holds something else; give a folder that is new or empty")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(key))
+
+    def read(self, kind: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Facts and tensors of an entry; None where it is not there."""
+        if self.folder is None or not (path := self._path(kind, name)).is_file():
+            return None
+        facts = read_json(path)
+        tensors = read_tensors(path.with_suffix(".safetensors")) if facts.pop("tensors") else {}
+        return facts, tensors
+
+    def write(
+        self, kind: str, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Keep an entry; the JSON comes last, so that an entry is complete or not there."""
+        if self.folder is None:
+            return
+        path = self._path(kind, name)
+        if tensors:
+            write_tensors(path.with_suffix(".safetensors"), {key: each.cpu() for key, each in tensors.items()})
+        write_json(path, {**facts, "tensors": bool(tensors)})
+
+    def _path(self, kind: str, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{kind}-{json_digest({'name': name})[:16]}.json"
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """A digest of the values of tensors, in order."""
+    found = hashlib.sha256()
+    for each in tensors:
+        found.update(f"{each.dtype}{tuple(each.shape)}".encode())
+        found.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """A digest of all parameters and buffers of a model."""
+    return tensors_digest(each for _, each in sorted(model.state_dict().items()))
+
+
+def data_digest(batches: Iterable[Any]) -> str:
+    """A digest of the tensors in batches."""
+    return tensors_digest(each for each in tree_flatten(list(batches))[0] if isinstance(each, Tensor))
