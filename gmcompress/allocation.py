@@ -17,13 +17,14 @@ from .factors import Metric, start_factors
 from .groups import Group
 from .notes import Notes
 from .planning import Eligible, Plan
+from .projection import EXACT
 from .reconstruction import Calibration
 from .selection import Candidate, Selection, select
 from .structure import Structure, expand
 from .surgery import Inputs, Site
 
 PROBES = (0.45, 0.18)  # shares of a layer's weight at which the model's sensitivity to it is measured
-WORK = 6e12  # multiply-adds spent on measuring sensitivities
+WORK = 1.5e12  # multiply-adds spent on measuring sensitivities
 EXPONENTS = (0.5, 2.0)  # between which the growth of the divergence with the loss is believed
 
 Progress = Callable[[str, int, int], None]
@@ -56,12 +57,11 @@ class Sensitivity:
         return cls(float(f"{scale:.6g}"), exponent)
 
 
-def subject_of(
-    site: Site, layer: nn.Module, metric: Metric, *, positions: int | None, exact: torch.dtype = torch.float64
-) -> Subject:
+def subject_of(site: Site, layer: nn.Module, metric: Metric, *, positions: int | None) -> Subject:
     """What the table needs to know of one layer."""
     weight = layer.get_parameter("weight").detach()
-    return Subject(weight.to(exact), metric, site.conv_groups, positions, weight.element_size())
+    exact = torch.float64 if weight.numel() <= EXACT else torch.float32
+    return Subject(weight.to(exact), metric.to(exact), site.conv_groups, positions, weight.element_size())
 
 
 def tabulate(

@@ -353,26 +353,32 @@ def _score(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tenso
     return values.gather(1, labels).sum()
 
 
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """A tensor and its values: an activation or addition in place gives the same tensor another version."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def norms_after(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, str]:
     """For each layer that feeds a BatchNorm directly, the name of that BatchNorm; both must be called once."""
-    made: dict[int, list[str]] = {}
+    made: dict[tuple[int, int], list[str]] = {}
     kept: list[Tensor] = []  # so that no id is given twice
     found: dict[str, list[str]] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                made.setdefault(id(output), []).append(name)
+                made.setdefault(_state(output), []).append(name)
                 kept.append(output)
 
         return hook
 
     def match(norm: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            origin = made.get(id(arguments[0]), []) if arguments else []
+            given = isinstance(arguments[0], Tensor) if arguments else False
+            origin = made.get(_state(arguments[0]), []) if given else []
             found.setdefault(norm, []).extend(origin or [""])
 
         return hook

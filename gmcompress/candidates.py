@@ -17,11 +17,13 @@ from .projection import project
 from .selection import Candidate
 from .structure import Structure, expand
 
-SHARES = (0.04, 0.06, 0.09, 0.13, 0.18, 0.25, 0.33, 0.42, 0.53, 0.66, 0.8, 0.93)  # of the dense weight: sizes offered
+SHARES = (0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.48, 0.64, 0.84)  # of the dense weight: sizes offered
 GRIDS = (4, 8, 16)  # blocks along each side of an adapted basis
 ANCHOR = 0.33  # the share at which the grids of a layer are compared
-STEPS = 4  # of the fit, for every candidate
-EFFORT = 3e11  # multiply-adds for the table of one layer; above it only low ranks are offered
+STEPS = 8  # of the fit of every candidate; three times as many where the weight is small
+SMALL = 1 << 14  # numbers of a weight up to which fits cost next to nothing
+EFFORT = 3e11  # multiply-adds for the table of one layer, above which adapted bases are fitted at one size only
+ANCHOR_EFFORT = {True: 6e10, False: 1.5e10}  # multiply-adds of that one fit, with data and without
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 
 
@@ -82,7 +84,10 @@ def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
     views = [False, True] if _has_split(subject.shape) else [False]
     if _cost(subject) <= EFFORT:
         found += _adapted(subject, split=views[-1])
-        found += [] if group is None else _group_matrices(subject, group)
+    else:
+        found += _estimated(subject, found, split=views[-1])
+    if group is not None:
+        found += _group_matrices(subject, group)
     return undominated(found)
 
 
@@ -137,11 +142,12 @@ def _divisor(width: int, wanted: int) -> int:
 
 def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
     limit, chains = subject.weight.numel(), []
+    steps = 3 * STEPS if limit <= SMALL else STEPS
     for grid in grids_of(subject.shape):
         rank = rank_within(subject.shape, int(ANCHOR * limit), grid=grid, split=split)
         if rank:
             structure = Structure.factors(rank, grid=grid, split=split)
-            _, loss = fit_factors(subject, structure, None, iterations=STEPS + 2)
+            _, loss = fit_factors(subject, structure, None, iterations=2 * steps)
             chains.append((loss, grid))
     if not chains:
         return []
@@ -150,9 +156,45 @@ def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
     found, tensors = [], None
     for rank in sorted(ranks - {0}):
         structure = Structure.factors(rank, grid=grid, split=split)
-        tensors, loss = fit_factors(subject, structure, tensors, iterations=STEPS)
+        tensors, loss = fit_factors(subject, structure, tensors, iterations=steps)
         found.append(subject.candidate(structure, loss))
     return found
+
+
+def _estimated(subject: Subject, low_ranks: Sequence[Candidate], *, split: bool) -> list[Candidate]:
+    """Adapted bases of a large weight: fitted at one size, and at the others as much ahead of low ranks as there."""
+    limit, grids = subject.weight.numel(), grids_of(subject.shape)
+    if not grids or not (rank := rank_within(subject.shape, int(ANCHOR * limit), grid=grids[-1], split=split)):
+        return []
+    grid = grids[-1]
+    structure = Structure.factors(rank, grid=grid, split=split)
+    start = start_factors(subject.weight, structure, subject.metric)
+    effort = ANCHOR_EFFORT[subject.metric.inputs is not None]
+    tensors = refine(subject.weight, structure, start, metric=subject.metric, effort=effort)
+    reached = _loss(subject, structure, tensors)
+    ahead = reached / max(_loss_at(low_ranks, structure.parameters(subject.shape)), 1e-30)
+    if not ahead < 1:
+        return []
+    found = []
+    for share in SHARES:
+        rank = rank_within(subject.shape, int(share * limit), grid=grid, split=split)
+        if rank:
+            structure = Structure.factors(rank, grid=grid, split=split)
+            stored = structure.parameters(subject.shape)
+            found.append(subject.candidate(structure, ahead * _loss_at(low_ranks, stored)))
+    return found
+
+
+def _loss_at(low_ranks: Sequence[Candidate], stored: int) -> float:
+    """The loss of a low rank of any size, by log-linear interpolation between those of the table."""
+    known = [each for each in undominated(low_ranks) if each.loss > 0]
+    smaller = [each for each in known if each.params <= stored]
+    larger = [each for each in known if each.params > stored]
+    if not smaller or not larger:
+        return (smaller or larger)[-1 if smaller else 0].loss
+    a, b = smaller[-1], larger[0]
+    share = (stored - a.params) / (b.params - a.params)
+    return a.loss ** (1 - share) * b.loss**share
 
 
 def fit_factors(

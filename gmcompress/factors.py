@@ -21,7 +21,8 @@ class Metric:
     """What an error E of a weight (rows, columns·taps) costs: tr(G E S Eᵀ), Frobenius where both are None.
 
     `inputs` is S, (m, m) or (conv_groups, m, m) with m = columns·taps, in the order of the weight; `outputs` is G,
-    (rows, rows). Both are symmetric and positive semidefinite.
+    (rows, rows). Both are symmetric and positive semidefinite. Between rows of different convolution groups G counts
+    as 0: their inputs differ, and of two moments that do not belong together no loss can be made.
     """
 
     inputs: Tensor | None = None
@@ -38,10 +39,14 @@ class Metric:
 
     def apply(self, flat: Tensor) -> Tensor:  # (rows, m) -> (rows, m)
         """G E S."""
+        groups = 1 if self.inputs is None or self.inputs.dim() == 2 else self.inputs.shape[0]
+        apart = flat.reshape(groups, -1, flat.shape[1])
         if self.inputs is not None:
-            groups = self.inputs.shape[0] if self.inputs.dim() == 3 else 1
-            flat = (flat.reshape(groups, -1, flat.shape[1]) @ self.inputs).reshape(flat.shape)
-        return flat if self.outputs is None else self.outputs @ flat
+            apart = apart @ self.inputs
+        if self.outputs is not None:
+            blocks = self.outputs.reshape(groups, apart.shape[1], groups, apart.shape[1])
+            apart = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0) @ apart
+        return apart.reshape(flat.shape)
 
     def relative_loss(self, found: Tensor, wanted: Tensor) -> float:
         """tr(G E S Eᵀ)/tr(G W S Wᵀ) for E = found − wanted; not relative where the wanted weight costs nothing."""

@@ -22,7 +22,8 @@ class GMLayer(nn.Module, ABC):
     Parameters: `kernel` (o, i, n, *taps) for o × i blocks of group matrices, with displacement rank r `gates` (o, r, n)
     and `filters` (o, r, i, n, *taps); for a factor part of rank s `left` (rows, s) and `right` (s, columns, *taps), or
     (rows, ky, s) and (s, columns, kx) where split, and with adapted bases `scales` (P, Q, s); `bias` (rows).
-    `.weight` is differentiable and has the shape, dtype and device of the dense layer's; it cannot be assigned.
+    `.weight` is differentiable and has the shape, dtype and device of the dense layer's (under autocast, where there is
+    no group part, the dtype of autocast); it cannot be assigned.
     """
 
     PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales")
@@ -55,7 +56,11 @@ class GMLayer(nn.Module, ABC):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a start for training from scratch: the variance of torch's own layers, residuals zero but trainable."""
+        """Draw a start for training from scratch: the variance of torch's own layers, residuals zero but trainable.
+
+        Without a group part the entries of left and right have variance b/√(3r), so that those of their product have
+        b²/3, as entries uniform in ±b = ±1/√(columns·taps) have.
+        """
         bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))
         alone = self.structure.group is None  # then the factors are no residual but the weight itself
         for part, tensor in self.parts().items():
@@ -104,7 +109,8 @@ class GMLayer(nn.Module, ABC):
 def _filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
     """The plain layer with weight, bias and flags of a structured one."""
     weight = layer.weight.detach()
-    empty.weight = nn.Parameter(weight.clone(), requires_grad=next(iter(layer.parts().values())).requires_grad)
+    trains = any(part.requires_grad for part in layer.parts().values())
+    empty.weight = nn.Parameter(weight.clone(), requires_grad=trains)
     if layer.bias is not None:
         empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return empty.train(layer.training)

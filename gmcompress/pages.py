@@ -210,9 +210,10 @@ def _layer_columns(layers: Sequence[Row]) -> dict[str, str]:
 
 
 def _layer_cells(number: int, row: Row, columns: Iterable[str]) -> dict[str, Any]:
-    cells = {key: shown(row.get(key)) for key in columns}
-    cells["kept"] = percent(row["stored"], row["dense"])
-    if "displacement_rank" in columns and row.get("displacement_rank", 0) is None:
+    cells = {key: shown(row.get(key)) for key in columns} | {"kept": percent(row["stored"], row["dense"])}
+    if row.get("distance_before", 0) is None:  # this layer has no group part
+        cells |= {key: "–" for key in columns if key.startswith("distance_") or key.endswith("displacement_rank")}
+    elif "displacement_rank" in columns and row.get("displacement_rank", 0) is None:
         cells["displacement_rank"] = "not defined"  # the rows of this layer are not the group itself
     ours, control = _number(row.get("relative_error")), _number(row.get("svd_error"))
     nearer = "relative_error" if ours < control else "svd_error" if control < ours else ""
@@ -314,9 +315,8 @@ def _sizes(layers: Sequence[Row]) -> Drawing:
 
     dense, stored = ([max(each, 1.0) for each in _numbers(layers, key)] for key in ("dense", "stored"))
     figure, axes, _ = _row_axes(layers)
-    places = range(len(layers))
-    axes.barh(places, dense, 0.72, label="dense", color=COLOURS["dense"][0])
-    axes.barh(places, stored, 0.36, label="stored now", color=COLOURS["ours"][0])
+    axes.barh(range(len(layers)), dense, 0.72, label="dense", color=COLOURS["dense"][0])
+    axes.barh(range(len(layers)), stored, 0.36, label="stored now", color=COLOURS["ours"][0])
     axes.set_xscale("log")
     axes.set_xlim(10 ** math.floor(math.log10(0.9 * min(*stored, *dense))), 1.15 * max(*stored, *dense))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

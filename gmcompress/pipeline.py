@@ -17,6 +17,7 @@ from .allocation import Table, allocate, tabulate
 from .budgets import Given, parse_budget
 from .calibration import SAMPLES, first_of, take
 from .errors import GMError, nearest_names
+from .factors import Metric
 from .files import json_digest
 from .groups import Group
 from .groups import group as parse_group
@@ -25,14 +26,15 @@ from .metrics import count_macs, layer_positions, measure_together, stored_bytes
 from .notes import Notes, data_digest, model_digest
 from .planning import Override, Plan, Rule, Rules, choose, eligible
 from .projection import Fit, project, svd_error
-from .reconstruction import Calibration, Reconstruction, calibrate, reconstruct
+from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, reconstruct
 from .reporting import Report, Result
-from .structure import Structure, distance, expand
+from .structure import Structure, check_weight, distance, expand
 from .surgery import Inputs, check_model, describe, duplicate, get_modules, replace, run, shell, trace
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 DEFAULT_BUDGET = "50%"
+EFFORT = 5e10  # multiply-adds of the fit of one layer without data
 EXAMPLES = 8  # of the calibration data, on which latency is measured where no inputs are given
 
 
@@ -87,6 +89,7 @@ class _Job:
         bound = parse_group(self.group) if isinstance(self.group, str) else self.group
         chosen = eligible(sites, **rules)
         names = [site.name for site in chosen.free]
+        _check_weights(dense, names)
         totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
         positions = None
         if self.inputs is not None:
@@ -258,11 +261,22 @@ def _fits(job: _Job, plan: Plan, checkpoint: str | Path | None) -> Reconstructio
         if job.progress is not None:
             job.progress(name, len(fits), len(structures))
         try:
-            weight = get_modules(job.model, [name])[name].get_parameter("weight")
-            fits[name] = project(weight, structure)
+            weight = get_modules(job.model, [name])[name].get_parameter("weight").detach()
+            if plan.optimum is None:
+                fits[name] = project(weight, structure)
+            else:
+                fits[name] = best_fit(weight, check_weight(weight), structure, Metric(), effort=EFFORT)
         except (GMError, AttributeError) as problem:
             raise GMError(f"layer {name or '(the model itself)'!r}: {problem}") from None
     return Reconstruction(fits, {}, {})
+
+
+def _check_weights(model: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            check_weight(model.get_submodule(name).get_parameter("weight"))
+        except GMError as problem:
+            raise GMError(f"layer {name or '(the model itself)'!r}: {problem}") from None
 
 
 def private(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .structure import (
 )
 
 SWEEPS = 100  # of the alternating projections of group part and low rank; they stop earlier when nothing moves
-EXACT = 1 << 19  # numbers up to which the factors of a weight are fitted in float64; in float32 above
+EXACT = 1 << 13  # numbers up to which the factors of a weight are fitted in float64; in float32 above
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def project(
     structure: Structure | Group | str,
     *,
     metric: Metric | None = None,
-    iterations: int = 40,
+    iterations: int = 100,
+    effort: float = 3e11,
 ) -> Fit:
     """The nearest weight of the given structure, in the Frobenius norm or in that of a metric.
 
@@ -62,7 +64,7 @@ def project(
     diagonals F plus the truncated SVD of the row-centred F, exact. A low rank alone: the truncated SVD. Group part and
     low rank: exact projections on both sets alternate, so that the error never grows. Adapted bases, and everything
     under a metric: Levenberg–Marquardt from these starts (`gmcompress.fitting.refine`), at most `iterations` steps; the
-    loss never grows, and the result is a local minimum.
+    loss never grows, and the result is a local minimum, unless `effort` multiply-adds end the fit before.
 
     Raises:
         GMError: the shape does not fit, the weight is not finite, or a rank exceeds what the matrix can have.
@@ -81,7 +83,8 @@ def project(
     if structure.grid is not None or metric != Metric():
         dtype = torch.float64 if exact.numel() <= EXACT else torch.float32
         start = {name: each.to(dtype) for name, each in tensors.items()}
-        tensors = refine(exact.to(dtype), structure, start, metric=metric.to(dtype), iterations=iterations)
+        limits: dict[str, Any] = {"iterations": iterations, "effort": effort}
+        tensors = refine(exact.to(dtype), structure, start, metric=metric.to(dtype), **limits)
         tensors = {name: each.double() for name, each in tensors.items()}
     found = expand(tensors, structure, shape)
     return Fit(

@@ -19,6 +19,7 @@ from .structure import Structure, expand
 from .surgery import Inputs
 
 PASSES = 2e13  # multiply-adds spent on running the model for the moments of its layers
+EFFORT = 3e11  # multiply-adds of the fit of one layer
 HELD = 1.5e9  # bytes of moments held at once
 OUTPUT_DAMPING = 0.3  # of the mean diagonal of the output moments, added to it: they are a rough model
 
@@ -187,12 +188,12 @@ def _fit(name: str, layer: nn.Module, structure: Structure, calibration: Calibra
     return best_fit(weight, wanted, structure, metric)
 
 
-def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metric) -> Fit:
+def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metric, *, effort: float = EFFORT) -> Fit:
     """The fit of the wanted weight, in the dtype of the weight, or truncated (whitened) SVD of no more numbers.
 
     Plain SVD is what anyone can have; a plan that gave a layer something farther off would be a bad one.
     """
-    fit = project(wanted, structure, metric=metric)
+    fit = project(wanted, structure, metric=metric, effort=effort)
     if structure.group is None and structure.grid is not None:
         control, loss = plain_svd(Subject(wanted, metric), structure.parameters(weight.shape))
         if loss < fit.loss:

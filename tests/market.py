@@ -188,7 +188,16 @@ STRUCTURES: list[tuple[str, tuple[int, ...]]] = [
     ("D4[G/<1>,G]+lowrank:1", (4, 8, 3, 3)),
     ("C4+displacement:1+lowrank:2:split", (8, 4, 3, 2)),
     ("S3+displacement:1+lowrank:2", (6, 12)),
+    ("C2+adapted:1:2x2", (4, 6)),
+    ("C2+displacement:1+adapted:2:1x2:split", (4, 4, 2, 3)),
+    ("lowrank:3", (6, 5)),
+    ("lowrank:3:split", (4, 6, 3, 2)),
+    ("adapted:2:2x2", (6, 8)),
+    ("adapted:1:2x3", (4, 6, 3, 2)),
+    ("adapted:2:2x4:split", (4, 8, 2, 3)),
 ]
+GROUPED = [(text, shape) for text, shape in STRUCTURES if Structure.parse(text).group]  # those with a group part
+ALONE = [each for each in STRUCTURES if each not in GROUPED]  # a factor part alone
 
 
 def slow_orbits(structure: Structure) -> np.ndarray:  # (|X|, |Y|·taps)
@@ -222,8 +231,18 @@ def slow_nearest(weight: Tensor, structure: Structure) -> Tensor:
 
 
 def slow_expand(tensors: Mapping[str, Tensor], structure: Structure, shape: Sequence[int]) -> Tensor:
-    """W[x, y, t] = f(orbit of x, y, t) + Σ_k a_k(x) b_k(orbit of x, y, t) + Σ_k u_k(x) v_k(y, t), entry by entry."""
+    """The sum of both parts, entry by entry."""
     parts = {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+    weight = np.zeros((shape[0], shape[1], prod(shape[2:])))
+    if structure.group is not None:
+        weight += _slow_group_part(parts, structure, shape)
+    if structure.lowrank:
+        weight += _slow_factor_part(parts, structure, shape)
+    return torch.from_numpy(weight.reshape(tuple(shape)))
+
+
+def _slow_group_part(parts: Mapping[str, np.ndarray], structure: Structure, shape: Sequence[int]) -> np.ndarray:
+    """W[x, y, t] = f(orbit of x, y, t) + Σ_k a_k(x) b_k(orbit of x, y, t)."""
     labels, (size, columns) = slow_orbits(structure), (structure.rows.size, structure.columns.size)
     orbits, taps = labels.max() + 1, prod(shape[2:])
     labels = labels.reshape(size, columns, -1)
@@ -239,12 +258,35 @@ def slow_expand(tensors: Mapping[str, Tensor], structure: Structure, shape: Sequ
         weight[row, column, tap] = kernel[p, q, orbit, rest]
         for k in range(rank):
             weight[row, column, tap] += parts["gates"][p, k, x] * filters[p, k, q, orbit, rest]
-        if "left" in parts and structure.split:
-            down, across = divmod(tap, shape[3])
-            weight[row, column, tap] += parts["left"][row, down] @ parts["right"][:, column, across]
-        elif "left" in parts:
-            weight[row, column, tap] += parts["left"][row] @ parts["right"].reshape(-1, shape[1], taps)[:, column, tap]
-    return torch.from_numpy(weight.reshape(tuple(shape)))
+    return weight
+
+
+def _slow_factor_part(parts: Mapping[str, np.ndarray], structure: Structure, shape: Sequence[int]) -> np.ndarray:
+    """W[x, y, t] = Σ_k u_k(x) s_k(p, q) v_k(y, t) for x in row block p and y in column block q; all s are 1 without."""
+    weight, (high, wide) = np.zeros((shape[0], shape[1], prod(shape[2:]))), structure.grid or (1, 1)
+    for p, q, k in itertools.product(range(high), range(wide), range(structure.lowrank)):
+        scale = parts["scales"][p, q, k] if "scales" in parts else 1.0
+        for row, column, tap in itertools.product(*map(range, weight.shape)):
+            if row * high // shape[0] != p or column * wide // shape[1] != q:
+                continue
+            if structure.split:
+                down, across = divmod(tap, shape[3])
+                weight[row, column, tap] += parts["left"][row, down, k] * scale * parts["right"][k, column, across]
+            else:
+                right = parts["right"].reshape(structure.lowrank, shape[1], -1)[k, column, tap]
+                weight[row, column, tap] += parts["left"][row, k] * scale * right
+    return weight
+
+
+def slow_view(weight: Tensor, structure: Structure) -> Tensor:
+    """The matrix whose rank the factor part bounds: rows × columns·taps, or, split, rows·ky × columns·kx."""
+    if not structure.split:
+        return weight.reshape(weight.shape[0], -1)
+    rows, columns, height, width = weight.shape
+    matrix = weight.new_zeros(rows * height, columns * width)
+    for x, y, down, across in itertools.product(*map(range, weight.shape)):
+        matrix[x * height + down, y * width + across] = weight[x, y, down, across]
+    return matrix
 
 
 def random_tensors(

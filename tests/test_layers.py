@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import assert_close, must_fail
-from market import STRUCTURES, random_tensors, slow_expand
+from market import GROUPED, STRUCTURES, random_tensors, slow_expand
 from torch import Generator, Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
@@ -21,11 +21,16 @@ from gmcompress.structure import Structure, distance
 LINEAR = [(text, shape) for text, shape in STRUCTURES if len(shape) == 2]
 CONV = [(text, shape) for text, shape in STRUCTURES if len(shape) == 4]
 SUBJECTS = pytest.mark.parametrize(("text", "shape"), STRUCTURES, ids=[f"{t}-{s}" for t, s in STRUCTURES])
+WITH_GROUP = pytest.mark.parametrize(("text", "shape"), GROUPED, ids=[f"{t}-{s}" for t, s in GROUPED])
 SMALL = [
     ("C3+displacement:1", (3, 6)),
     ("S3[G/<2>,G]+lowrank:1", (3, 6)),
     ("C2+displacement:1+lowrank:1", (4, 2, 1, 2)),
     ("C4[G,G,grid2x2]+displacement:1", (4, 4, 2, 2)),
+    ("lowrank:2:split", (2, 3, 1, 2)),
+    ("adapted:2:2x3", (4, 6)),
+    ("adapted:1:2x1:split", (4, 2, 2, 2)),
+    ("C2+adapted:1:1x2", (2, 4)),
 ]
 
 
@@ -47,7 +52,9 @@ def layer_of(text: str, shape: tuple[int, ...], generator: Generator, **options:
 
 def input_of(layer: GMLayer, generator: Generator) -> Tensor:
     shape = (3, layer.in_features) if isinstance(layer, GMLinear) else (2, layer.in_channels, 6, 7)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(layer.kernel.dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(
+        layer.bias.dtype if layer.bias is not None else layer.weight.dtype
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ function
@@ -89,7 +96,7 @@ CONVOLUTIONS = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 @CONVOLUTIONS
-@pytest.mark.parametrize("text", ["C4+displacement:1", "C4[G,G,grid3x3]+lowrank:1"])
+@pytest.mark.parametrize("text", ["C4+displacement:1", "C4[G,G,grid3x3]+lowrank:1", "adapted:2:4x2:split"])
 def test_conv_options(text: str, options: dict[str, Any], generator: Generator) -> None:
     shape = (8, 4, 3, 3)
     layer = layer_of(text, shape, generator, **options)
@@ -117,10 +124,14 @@ def test_conv_options(text: str, options: dict[str, Any], generator: Generator) 
 @SUBJECTS
 def test_dense_has_the_same_function(text: str, shape: tuple[int, ...], generator: Generator) -> None:
     layer = layer_of(text, shape, generator).eval()
-    layer.kernel.requires_grad_(False)
+    parts = list(layer.parts().values())
+    for part in parts:
+        assert layer.dense().weight.requires_grad, "the weight trains as long as one of its parts does"
+        part.requires_grad_(False)
     dense, x = layer.dense(), input_of(layer, generator)
     assert type(dense) is (nn.Linear if len(shape) == 2 else nn.Conv2d)
     assert_close(dense(x), layer(x))
+    assert dense.weight.is_contiguous()
     assert (dense.training, dense.weight.requires_grad, dense.bias.requires_grad) == (False, False, True)
     dense.weight.data.zero_()
     dense.bias.data.zero_()
@@ -156,7 +167,7 @@ def test_gradients(text: str, shape: tuple[int, ...], generator: Generator) -> N
     assert all(float(part.grad.abs().sum()) > 0 for part in layer.parts().values())
 
 
-@SUBJECTS
+@WITH_GROUP
 def test_a_step_of_training_stays_in_the_structure(text: str, shape: tuple[int, ...], generator: Generator) -> None:
     plain = Structure.parse(text).with_rank(0, residual="lowrank")
     layer = layer_of(str(plain), shape, generator)
@@ -178,6 +189,42 @@ def test_a_new_layer_is_a_group_matrix_with_trainable_residuals() -> None:
     must_fail(assert_close, layer.weight, GMLinear(64, 32, "C8").weight)
 
 
+@pytest.mark.parametrize("text", ["lowrank:40", "lowrank:1", "adapted:24:4x4", "adapted:2:2x8"])
+@pytest.mark.parametrize("taps", [(), (3, 3)], ids=str)
+def test_a_new_layer_without_a_group_has_the_variance_of_torch(text: str, taps: tuple[int, ...]) -> None:
+    """The mean over many draws: within one layer of low rank the entries depend on each other."""
+    text += ":split" if taps and "2" in text else ""
+
+    def variance(make: Callable[[], nn.Module]) -> float:
+        return float(torch.stack([make().weight.detach().square().mean() for _ in range(60)]).mean())
+
+    def structured() -> GMLayer:
+        return GMConv2d(64, 32, taps, text) if taps else GMLinear(64, 32, text)
+
+    def halved() -> GMLayer:
+        layer = structured()
+        with torch.no_grad():
+            layer.left.mul_(0.7)
+        return layer
+
+    def assert_equal(make: Callable[[], nn.Module]) -> None:
+        expected = variance(lambda: nn.Conv2d(64, 32, taps) if taps else nn.Linear(64, 32))
+        assert 0.9 < variance(make) / expected < 1.1
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert_equal(structured)
+        must_fail(assert_equal, halved)
+
+
+def test_a_new_layer_without_a_group_trains_in_all_parts() -> None:
+    layer = GMLinear(8, 12, "adapted:2:3x2")
+    assert layer.labels is None
+    assert torch.equal(layer.scales, torch.ones(3, 2, 2))
+    layer(torch.ones(1, 8)).square().sum().backward()
+    assert all(float(part.grad.abs().sum()) > 0 for part in layer.parts().values())
+
+
 # -------------------------------------------------------------------------------------------------- life as a module
 
 
@@ -193,7 +240,7 @@ def test_state_copies_and_repr(text: str, shape: tuple[int, ...], generator: Gen
     assert torch.equal(other.weight, layer.weight)
     assert torch.equal(copied.weight, layer.weight)
     with torch.no_grad():
-        copied.kernel.add_(1)
+        next(copied.parameters()).add_(1)
     must_fail(assert_close, copied.weight, layer.weight)
     assert torch.equal(other.weight, layer.weight)
 
@@ -220,7 +267,7 @@ def test_autocast(text: str, shape: tuple[int, ...], generator: Generator) -> No
     assert_close(found, expected)
     assert_close(found, layer(x).bfloat16())
     found.float().square().sum().backward()
-    assert layer.kernel.grad.dtype == torch.float32
+    assert {part.grad.dtype for part in layer.parts().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("text", "shape"), SMALL)
@@ -232,14 +279,16 @@ def test_export(text: str, shape: tuple[int, ...], generator: Generator) -> None
     must_fail(assert_close, exported(other), layer(x))
 
 
-def test_compile(generator: Generator) -> None:
+@pytest.mark.parametrize("text", ["C4+displacement:1+lowrank:1", "adapted:2:2x4"])
+def test_compile(text: str, generator: Generator) -> None:
     """In one graph; the backend that generates no C++ takes 2 seconds in place of 20."""
-    layer = layer_of("C4+displacement:1+lowrank:1", (4, 8), generator)
+    layer = layer_of(text, (4, 8), generator)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, other = (input_of(layer, generator) for _ in range(2))
-    expected = torch.autograd.grad(layer(x).square().sum(), layer.kernel)[0]
+    part = next(layer.parameters())
+    expected = torch.autograd.grad(layer(x).square().sum(), part)[0]
     assert_close(compiled(x), layer(x))
-    assert_close(torch.autograd.grad(compiled(x).square().sum(), layer.kernel)[0], expected)
+    assert_close(torch.autograd.grad(compiled(x).square().sum(), part)[0], expected)
     must_fail(assert_close, compiled(other), layer(x))
 
 
@@ -281,8 +330,9 @@ def test_a_first_use_in_any_mode_leaves_no_trace(order: int, generator: Generato
         assert float(layer.kernel.grad.abs().sum()) > 0
 
 
-def test_meta_device() -> None:
-    layer = GMConv2d(8, 8, 3, "D4+displacement:1", device="meta")
+@pytest.mark.parametrize("text", ["D4+displacement:1", "adapted:2:2x4:split"])
+def test_meta_device(text: str) -> None:
+    layer = GMConv2d(8, 8, 3, text, device="meta")
     assert {each.device.type for each in (*layer.parameters(), layer.weight)} == {"meta"}
 
 
@@ -291,7 +341,8 @@ def test_meta_device() -> None:
 
 @pytest.mark.parametrize("dense", [nn.Linear(8, 16), nn.Conv2d(8, 16, 3)], ids=["linear", "conv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_counterpart_keeps_dtype_flags_and_mode(dense: nn.Module, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("text", ["C4+displacement:1+lowrank:1", "adapted:3:4x2"])
+def test_counterpart_keeps_dtype_flags_and_mode(dense: nn.Module, dtype: torch.dtype, text: str) -> None:
     def assert_kept(layer: GMLayer) -> None:
         assert layer.training == dense.training
         assert {each.dtype for each in layer.parameters()} == {dtype}
@@ -303,7 +354,7 @@ def test_counterpart_keeps_dtype_flags_and_mode(dense: nn.Module, dtype: torch.d
     for training, weight_trains, bias_trains in ((True, True, True), (False, True, False), (True, False, True)):
         dense.train(training).weight.requires_grad_(weight_trains)
         dense.bias.requires_grad_(bias_trains)
-        layer = counterpart(dense, "C4+displacement:1+lowrank:1")
+        layer = counterpart(dense, text)
         assert_kept(layer)
         must_fail(assert_kept, copy.deepcopy(layer).train(not training))
         layer.bias.requires_grad_(not bias_trains)
@@ -358,6 +409,9 @@ def test_refused() -> None:
         lambda: GMConv2d(8, 12, 3, "C4", groups=2),
         lambda: GMConv2d(12, 8, 3, "C4", groups=2),
         lambda: GMConv2d(4, 4, 2, "C4[G,G,grid3x3]"),
+        lambda: GMLinear(8, 6, "adapted:1:4x4"),
+        lambda: GMLinear(8, 8, "lowrank:1:split"),
+        lambda: GMConv2d(8, 8, 3, "adapted:1:2x4", groups=4),
         lambda: counterpart(nn.Linear(6, 8), "C4"),
         lambda: counterpart(nn.Conv2d(8, 8, 3, groups=8), "C4"),
         lambda: counterpart(nn.ReLU(), "C4"),

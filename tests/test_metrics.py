@@ -15,8 +15,8 @@ from gmcompress.surgery import run
 def test_multiply_adds_by_formula_and_by_counter_agree(name):
     exhibit = zoo.MODELS[name]
     model, inputs = exhibit.build().eval(), exhibit.inputs()
-    for residual in ("displacement", "lowrank"):
-        small = gm.compress(model, "C4", rank=1, residual=residual).model
+    for options in ({"residual": "displacement"}, {"residual": "lowrank"}, {"overrides": {"*": "adapted:2:2x4"}}):
+        small = gm.compress(model, "C4", rank=1, **options).model
         for each in (model, small, gm.densify(small)):
             found = gm.measure(each, inputs, repeats=2)
             assert found.macs == found.counted_macs > 0
@@ -65,6 +65,18 @@ def test_the_model_is_left_alone_and_bad_inputs_are_named():
         gm.measure(model, torch.randn(2, 5))
     with pytest.raises(gm.GMError, match="wrapped"):
         gm.measure(nn.DataParallel(model))
+
+
+def test_a_layer_without_a_group_has_no_distance_and_no_displacement_rank():
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    first, second, third = gm.equivariance(
+        gm.compress(model, "C8", overrides={"0": "lowrank:2", "1": "C8+adapted:1:2x2", "2": "adapted:2:2x2"}).model
+    )
+    for row, text in ((first, "lowrank:2"), (third, "adapted:2:2x2")):
+        assert row["structure"] == text
+        assert {row[key] for key in ("distance", "displacement_rank", "generator_displacement_rank")} == {None}
+    assert 0 < second["distance"] < 1, "the control"
+    assert second["displacement_rank"] > 0
 
 
 def test_timed_runs_take_turns():

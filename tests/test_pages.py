@@ -39,7 +39,7 @@ def measured():
         nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 4)
     )
     inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    result = gm.tune(gm.compress(model, "C8xC8", inputs=inputs), [inputs] * 2, epochs=2, lr=3e-4)
+    result = gm.tune(gm.compress(model, "C8xC8", inputs=inputs, rank=1), [inputs] * 2, epochs=2, lr=3e-4)
     data = data_of(result.report)
     for row, ranks in zip(data["layers"], gm.equivariance(result), strict=True):
         row |= {key: ranks[key] for key in ("displacement_rank", "generator_displacement_rank")}
@@ -54,7 +54,7 @@ def measured():
 def bare():
     """The data of a report made without inputs, fine-tuning or settings."""
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-    return data_of(gm.compress(model, "C8xC8").report)
+    return data_of(gm.compress(model, "C8xC8", rank=1).report)
 
 
 def data_of(report):
@@ -243,6 +243,21 @@ def test_a_rank_that_is_not_defined_says_so(measured):
     assert row[-3:-1] == ["not measured", "not defined"]
 
 
+def test_a_layer_without_a_group_has_no_distances(measured):
+    first, *others = measured["layers"]
+    group = [key for key in first if key.startswith("distance_") or key.endswith("displacement_rank")]
+    alone = first | {"structure": "adapted:4:4x4"} | dict.fromkeys(group)
+    page = render_html(measured | {"layers": [alone, *others]})
+    rows = {each[1]: each for each in Reader(page).rows if len(each) == 13}
+    assert rows[first["layer"]][-len(group) - 1 : -1] == ["–"] * len(group)
+    assert all("–" not in rows[each["layer"]] for each in others), "the control"
+    medians = statistics.median(row["distance_before"] for row in others)
+    assert f"Median over the layers: {medians:.3f} dense" in text_of(page)
+    page = render_html(measured | {"layers": [row | dict.fromkeys(group) for row in measured["layers"]]})
+    assert len(figures_of(page)) == len(figures_of(render_html(measured))) - 1
+    assert "distance before" not in text_of(page)
+
+
 @pytest.mark.parametrize("accuracy", [{"dense": 50.0}, {"tuned": 50.0}, {"dense": 40.0, "compressed": 50.0}])
 def test_any_accuracies_can_be_missing(bare, accuracy):
     assert "50.00" in text_of(render_html(bare | {"accuracy": accuracy}))
@@ -332,6 +347,8 @@ def test_every_colour_of_a_figure_is_one_of_the_page(measured):
 
 
 def test_a_report_saves_its_page(tmp_path):
-    report = gm.compress(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), "C8", include="*").report
+    report = gm.compress(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), "C8", include="*", rank=1
+    ).report
     report.save(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")

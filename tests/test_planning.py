@@ -40,29 +40,29 @@ def test_the_zoo_is_planned_and_nothing_is_silent(name):
     exhibit = zoo.MODELS[name]
     model = exhibit.build()
     for inputs in (None, exhibit.inputs()):
-        made = gm.plan(model, "C4", inputs=inputs)
+        made = gm.plan(model, "C4", inputs=inputs, rank=1)
         assert set(made.layers) == set(exhibit.compressed)
         assert {*made.layers, *made.skipped} == {site.name for site in made.sites}
         assert all(made.skipped.values())
 
 
 def test_reasons():
-    reasons = gm.plan(zoo.Convolutions(), "C4").skipped
+    reasons = gm.plan(zoo.Convolutions(), "C4", rank=1).skipped
     assert "the stem" in reasons["stem"]
     assert "the classifier" in reasons["head"]
     assert "1 rows and 1 columns in each convolution group" in reasons["depthwise"]
     assert "7 rows and 16 columns admit no quotient of C4" in reasons["odd"]
-    assert "no structured layer for Embedding" in gm.plan(zoo.Tied(), "C4").skipped["embedding"]
+    assert "no structured layer for Embedding" in gm.plan(zoo.Tied(), "C4", rank=1).skipped["embedding"]
     refused = gm.plan(net(8, 16, 16), "C4", rank=2).skipped["0"]
     assert refused == "C4+displacement:2 would store 128 numbers, the dense layer 128"
 
 
 def test_stem_and_classifier_only_by_name():
     model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16, 8))
-    assert list(gm.plan(model, "C4").layers) == ["1"]
-    assert list(gm.plan(model, "C4", include=["0", "3"]).layers) == ["0", "1", "3"]
-    assert list(gm.plan(model, "C4", include=nn.Linear).layers) == ["1", "3"]
-    assert list(gm.plan(model, "C4", overrides={"0": "C8"}).layers) == ["0", "1"]
+    assert list(gm.plan(model, "C4", rank=1).layers) == ["1"]
+    assert list(gm.plan(model, "C4", include=["0", "3"], rank=1).layers) == ["0", "1", "3"]
+    assert list(gm.plan(model, "C4", include=nn.Linear, rank=1).layers) == ["1", "3"]
+    assert list(gm.plan(model, "C4", overrides={"0": "C8"}, rank=1).layers) == ["0", "1"]
 
 
 def test_rules_in_their_order():
@@ -81,10 +81,27 @@ def test_rules_in_their_order():
 
 def test_an_override_may_be_a_whole_structure():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 3))
-    made = gm.plan(model, "C4", overrides={"1": "C4[G,G,grid3x3]+displacement:1", "0": "C4+lowrank:2"})
+    made = gm.plan(model, "C4", overrides={"1": "C4[G,G,grid3x3]+displacement:1", "0": "C4+lowrank:2"}, rank=1)
     assert made.layers == {"0": "C4+lowrank:2", "1": "C4[G,G,grid3x3]+displacement:1"}
-    wrong = gm.plan(model, "C4", overrides={"1": "C4[G,G,grid5x5]", "0": "C4"})
+    wrong = gm.plan(model, "C4", overrides={"1": "C4[G,G,grid5x5]", "0": "C4"}, rank=1)
     assert "acts on 25 taps" in wrong.skipped["1"]
+
+
+def test_a_structure_without_a_group_is_taken_as_written():
+    """No quotient is sought, no residual is added, and the widths need fit no group."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 14), nn.Linear(14, 6), nn.Conv2d(8, 10, 3))
+    texts = {"0": "lowrank:2", "1": "adapted:2:2x3", "2": "adapted:1:4x2", "3": "lowrank:3:split"}
+    made = gm.plan(model, "C4", rank=1, overrides=texts, include="*")
+    assert made.layers == {name: text for name, text in texts.items() if name != "2"}
+    assert "rows divisible by 4" in made.skipped["2"]
+    assert made.stored("1") == 2 * (12 + 14 + 2 * 3)
+    assert gm.Plan.from_json(made.to_json()) == made
+    edited = made.edit({"0": "adapted:2:4x4", "2": "lowrank:1"})
+    assert (edited.layers["0"], edited.layers["2"]) == ("adapted:2:4x4", "lowrank:1")
+    with pytest.raises(gm.GMError, match="columns divisible by 5"):
+        made.edit({"0": "adapted:1:2x5"})
+    dense = gm.plan(model, "C4", overrides={"0": "adapted:6:2x2", "1": "lowrank:1"}, rank=1)
+    assert "would store" in dense.skipped["0"]
 
 
 @pytest.mark.parametrize(
@@ -104,26 +121,26 @@ def test_an_override_may_be_a_whole_structure():
     ],
 )
 def test_bad_arguments_are_named(options, message):
-    arguments = {"group": "C4", **options}
+    arguments = {"group": "C4", "rank": 1, **options}
     with pytest.raises(gm.GMError, match=message):
         gm.plan(zoo.Unreachable(), **arguments)
 
 
 def test_a_model_without_weights():
     with pytest.raises(gm.GMError, match="it holds no weight matrix"):
-        gm.plan(nn.ReLU(), "C4")
+        gm.plan(nn.ReLU(), "C4", rank=1)
 
 
 def test_counts_are_those_of_the_compressed_model():
     for name in ("mlp", "convolutions", "timm convnet", "tied"):
         model = zoo.MODELS[name].build()
-        result = gm.compress(model, "C4")
+        result = gm.compress(model, "C4", rank=1)
         assert result.plan.parameters == sum(each.numel() for each in result.model.parameters())
         assert result.plan.model_parameters == sum(each.numel() for each in model.parameters())
 
 
 def test_json_round_trip_and_edit():
-    made = gm.plan(timm.create_model("test_resnet"), "C8xC8")
+    made = gm.plan(timm.create_model("test_resnet"), "C8xC8", rank=1)
     assert gm.Plan.from_json(made.to_json()) == made
     name = next(iter(made.layers))
     edited = made.edit({name: "C2"})
@@ -137,7 +154,7 @@ def test_json_round_trip_and_edit():
 
 
 def damaged(change):
-    found = json.loads(gm.plan(zoo.mlp(), "C4").to_json())
+    found = json.loads(gm.plan(zoo.mlp(), "C4", rank=1).to_json())
     change(found)
     return json.dumps(found)
 
@@ -175,7 +192,7 @@ def test_matching_is_exact_about_types_and_whole_names():
 
 
 def test_a_plan_prints_as_a_table():
-    text = str(gm.plan(zoo.Convolutions(), "C4"))
+    text = str(gm.plan(zoo.Convolutions(), "C4", rank=1))
     assert "C4+displacement:1" in text
     assert "16×8×3×3" in text
     assert "left dense unless include names it" in " ".join(text.split())
@@ -185,15 +202,15 @@ def test_a_plan_prints_as_a_table():
 def test_the_dry_run_touches_no_weight():
     model = zoo.mlp()
     model[0].weight.data.fill_(float("nan"))
-    assert gm.plan(model, "C4").layers  # a NaN would stop a projection
+    assert gm.plan(model, "C4", rank=1).layers  # a NaN would stop a projection
     with pytest.raises(gm.GMError, match=r"layer '0'.*NaN"):
-        gm.compress(model, "C4")
+        gm.compress(model, "C4", rank=1)
     assert torch.isnan(model[0].weight).all()
 
 
 def test_a_low_rank_splits_the_taps_of_spatial_kernels():
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, (1, 3)))
-    made = gm.plan(model, "C4", residual="lowrank", include="0", overrides={"0": "C4+lowrank:2", "2": "C8"})
+    made = gm.plan(model, "C4", residual="lowrank", include="0", overrides={"0": "C4+lowrank:2", "2": "C8"}, rank=1)
     assert made.layers == {
         "0": "C4+lowrank:2",  # written out: taken as it stands
         "1": "C4+lowrank:1:split",
@@ -202,6 +219,6 @@ def test_a_low_rank_splits_the_taps_of_spatial_kernels():
     }
     assert made.edit({"0": "C4+lowrank:1:split"}).layers["0"] == "C4+lowrank:1:split"
     with pytest.raises(gm.GMError, match="splits the taps"):
-        gm.plan(net(16, 16), "C4").edit({"0": "C4+lowrank:1:split"})
+        gm.plan(net(16, 16), "C4", rank=1).edit({"0": "C4+lowrank:1:split"})
     result = gm.compress(model, plan=made, inputs=torch.randn(1, 16, 9, 9))
     assert result.model[1].left.shape == (16, 3, 1)

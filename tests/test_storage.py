@@ -24,7 +24,7 @@ def assert_bit_identical(found, expected):
 def folder(tmp_path):
     """A saved model, and the dense model it came from."""
     model = zoo.mlp()
-    gm.save(gm.compress(model, "C4", inputs=torch.randn(2, 8)), tmp_path / "small")
+    gm.save(gm.compress(model, "C4", inputs=torch.randn(2, 8), rank=1), tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path):
 def test_the_zoo_survives_the_disk(name, tmp_path):
     exhibit = zoo.MODELS[name]
     model, inputs = exhibit.build().eval(), exhibit.inputs()
-    result = gm.compress(model, "C4", inputs=inputs)
+    result = gm.compress(model, "C4", inputs=inputs, rank=1)
     gm.save(result, tmp_path / "small")
     loaded = gm.load(tmp_path / "small", exhibit.build())
     assert_bit_identical(run(loaded, inputs), run(result.model.eval(), inputs))
@@ -45,7 +45,7 @@ def test_the_zoo_survives_the_disk(name, tmp_path):
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_a_folder_with_a_source_builds_its_own_model(name, tmp_path):
     model = timm.create_model(name, num_classes=5).eval()
-    result = gm.compress(model, "C8xC8")
+    result = gm.compress(model, "C8xC8", rank=1)
     gm.save(result.model, tmp_path, source=f"timm:{name}", source_options={"num_classes": 5})
     images = torch.randn(2, *model.pretrained_cfg["input_size"])
     assert_bit_identical(run(gm.load(tmp_path), images), run(result.model.eval(), images))
@@ -53,13 +53,25 @@ def test_a_folder_with_a_source_builds_its_own_model(name, tmp_path):
 
 def test_ties_and_dtypes_are_kept(tmp_path):
     model = zoo.Tied().bfloat16()
-    result = gm.compress(model, "C4", inputs=torch.arange(6).view(2, 3))
+    result = gm.compress(model, "C4", inputs=torch.arange(6).view(2, 3), rank=1)
     gm.save(result, tmp_path / "small")
     loaded = gm.load(tmp_path / "small", zoo.Tied())
     assert loaded.head.weight is loaded.embedding.weight
     assert loaded.body.kernel.dtype == torch.bfloat16
     stored = read_tensors(tmp_path / "small" / "model.safetensors")
     assert ("head.weight" in stored) != ("embedding.weight" in stored)
+
+
+@pytest.mark.parametrize("text", ["lowrank:2", "adapted:2:4x2", "C4+adapted:1:4x2"])
+def test_factor_parts_survive_the_disk(text, tmp_path):
+    model, inputs = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)).eval(), torch.randn(2, 8)
+    result = gm.compress(model, "C4", inputs=inputs, overrides={"*": text}, rank=1)
+    gm.save(result, tmp_path / "small")
+    loaded = gm.load(tmp_path / "small", model)
+    assert [str(each.structure) for each in loaded] == [text, text]
+    assert_bit_identical(loaded(inputs), result.model.eval()(inputs))
+    stored = {name.split(".")[1] for name in read_tensors(tmp_path / "small" / "model.safetensors")}
+    assert ("kernel" in stored, "scales" in stored) == ("C4" in text, "adapted" in text)
 
 
 def test_loading_leaves_the_given_model_alone(folder):
@@ -75,7 +87,7 @@ def test_loading_leaves_the_given_model_alone(folder):
 def test_saving_without_inputs_warns(tmp_path):
     model = zoo.mlp()
     with pytest.warns(UserWarning, match="pass inputs="):
-        gm.save(gm.compress(model, "C4"), tmp_path / "small")
+        gm.save(gm.compress(model, "C4", rank=1), tmp_path / "small")
     assert gm.load(tmp_path / "small", model)(torch.zeros(1, 8)).shape == (1, 3)
 
 
@@ -201,7 +213,7 @@ def test_no_pickle_and_no_dense_weight_on_disk(folder):
 
 def test_inputs_by_name_and_by_position_are_stored(tmp_path):
     exhibit = zoo.MODELS["control flow"]
-    gm.save(gm.compress(exhibit.build(), "C4"), tmp_path / "named", inputs=exhibit.inputs())
+    gm.save(gm.compress(exhibit.build(), "C4", rank=1), tmp_path / "named", inputs=exhibit.inputs())
     assert gm.load(tmp_path / "named", exhibit.build()) is not None
     with pytest.raises(gm.GMError, match="must be tensors, but input:scale is float"):
         gm.save(exhibit.build(), tmp_path / "other", inputs={"x": torch.ones(1, 8), "scale": 2.0})

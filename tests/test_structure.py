@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import assert_close, must_fail
 from market import (
+    ALONE,
+    GROUPED,
     GROUPS,
     STRUCTURES,
     random_tensors,
@@ -16,6 +18,7 @@ from market import (
     slow_move,
     slow_nearest,
     slow_orbits,
+    slow_view,
 )
 from torch import Generator, Tensor
 
@@ -34,6 +37,8 @@ from gmcompress.structure import (
 )
 
 SUBJECTS = pytest.mark.parametrize(("text", "shape"), STRUCTURES, ids=[f"{t}-{s}" for t, s in STRUCTURES])
+WITH_GROUP = pytest.mark.parametrize(("text", "shape"), GROUPED, ids=[f"{t}-{s}" for t, s in GROUPED])
+WITHOUT_GROUP = pytest.mark.parametrize(("text", "shape"), ALONE, ids=[f"{t}-{s}" for t, s in ALONE])
 REGULAR = [name for name in GROUPS if 1 < group(name).order <= 12]
 
 
@@ -72,7 +77,10 @@ def test_strings_round_trip(text: str, shape: tuple[int, ...]) -> None:
     assert eval(repr(structure)) == structure
     assert Structure.parse(structure) is structure
     assert structure != Structure.parse("C3+lowrank:1"), "the control"
-    assert structure.shapes(shape)["kernel"][0] * structure.rows.size == shape[0]
+    if structure.group is None:
+        assert "kernel" not in structure.shapes(shape)
+    else:
+        assert structure.shapes(shape)["kernel"][0] * structure.rows.size == shape[0]
 
 
 def test_rank_and_residual_add_to_a_string() -> None:
@@ -81,9 +89,11 @@ def test_rank_and_residual_add_to_a_string() -> None:
     assert str(Structure.parse(" C4 [G, G/<2>] + lowrank:1")) == "C4[G,G/<2>]+lowrank:1"
     assert str(Structure.parse("C4+lowrank:3:split+displacement:1")) == "C4+displacement:1+lowrank:3:split"
     assert str(Structure.parse("C4[G,G]")) == "C4"
+    assert str(Structure.parse(" adapted:02:4x02:split ")) == "adapted:2:4x2:split"
+    assert str(Structure.parse("C4 + adapted:2:4x2 + displacement:1")) == "C4+displacement:1+adapted:2:4x2"
 
 
-@pytest.mark.parametrize("text", dict(STRUCTURES))
+@pytest.mark.parametrize("text", dict(GROUPED))
 def test_labels_are_the_orbits(text: str) -> None:
     structure = Structure.parse(text)
     expected = slow_orbits(structure)
@@ -110,6 +120,8 @@ def test_parameters_are_the_numbers_stored(text: str, shape: tuple[int, ...], ge
     assert structure.parameters(shape) == sum(
         each.numel() for each in random_tensors(structure, shape, generator).values()
     )
+    if structure.group is None:
+        return
     # Burnside: the number of orbits is the mean number of entries that an element fixes
     entries = torch.arange(float(np.prod(shape))).reshape(shape)
     fixed = [int((slow_move(entries, structure, g) == entries).sum()) for g in range(structure.group.order)]
@@ -117,10 +129,85 @@ def test_parameters_are_the_numbers_stored(text: str, shape: tuple[int, ...], ge
     assert plain.parameters(shape) == sum(fixed) / len(fixed)
 
 
+@SUBJECTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_expand_in_other_dtypes(text: str, shape: tuple[int, ...], dtype: torch.dtype, generator: Generator) -> None:
+    structure = Structure.parse(text)
+    tensors = {name: each.to(dtype) for name, each in random_tensors(structure, shape, generator).items()}
+    weight = expand(tensors, structure, shape)
+    assert (weight.dtype, tuple(weight.shape), weight.is_contiguous()) == (dtype, shape, True)
+    assert_close(weight, slow_expand(tensors, structure, shape).to(dtype))
+    must_fail(assert_close, -weight, slow_expand(tensors, structure, shape).to(dtype))
+
+
+# ------------------------------------------------------------------------------------------------------- factor part
+
+
+@WITHOUT_GROUP
+def test_a_factor_part_has_its_rank_block_by_block(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+    """Every row of blocks and every column of blocks has rank r; the whole matrix more where there are scales."""
+    structure = Structure.parse(text)
+    high, wide = structure.grid or (1, 1)
+
+    def assert_ranks(weight: Tensor) -> None:
+        view = slow_view(weight, structure)
+        for block in (*view.chunk(high, 0), *view.chunk(wide, 1)):
+            assert torch.linalg.matrix_rank(block) == min(structure.lowrank, *block.shape)
+
+    weight = expand(random_tensors(structure, shape, generator), structure, shape)
+    assert_ranks(weight)
+    whole = torch.linalg.matrix_rank(slow_view(weight, structure))
+    assert (whole > structure.lowrank) == (structure.grid is not None)
+    must_fail(assert_ranks, weight + 1e-6 * randn(shape, generator))
+
+
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_adapted_bases_contain_the_group_matrices(power: int, generator: Generator) -> None:
+    """Characters as bases and the Fourier transform of every block's kernel as scales: Walsh–Hadamard for C2^k."""
+    n, name = 2**power, "x".join(["C2"] * power)
+    walsh = torch.tensor([[(-1.0) ** (g & h).bit_count() for h in range(n)] for g in range(n)], dtype=torch.float64)
+    kernel = randn((2, 3, n), generator)
+    weight = expand({"kernel": kernel}, name, (2 * n, 3 * n))
+
+    def assert_contained(bases: Tensor) -> None:
+        tensors = {"left": bases.repeat(2, 1) / n, "right": bases.repeat(3, 1).T, "scales": kernel @ bases}
+        assert_close(expand(tensors, f"adapted:{n}:2x3", (2 * n, 3 * n)), weight)
+
+    assert_contained(walsh)
+    must_fail(assert_contained, walsh.roll(1, 0))
+
+
+def test_factors_are_built_without_a_string() -> None:
+    assert Structure.factors(3) == Structure.factors(3, grid=(1, 1)) == Structure.parse("lowrank:3")
+    assert Structure.factors(3, grid=(4, 2), split=True) == Structure.parse("adapted:3:4x2:split")
+    assert Structure.factors(3).parameters((6, 5)) == 3 * (6 + 5)
+    assert Structure.factors(3, grid=(2, 5)).parameters((6, 5)) == 3 * (6 + 5 + 2 * 5)
+    assert Structure.factors(3, split=True).parameters((6, 5, 3, 2)) == 3 * (6 * 3 + 5 * 2)
+
+
+@WITHOUT_GROUP
+def test_what_needs_a_group_says_so(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+    structure, weight = Structure.parse(text), randn(shape, generator)
+    assert (structure.group, structure.rows, structure.columns, structure.taps) == (None, None, None, None)
+    assert not structure.is_regular
+    for refuses in (nearest, distance, diagonals, displacement, displacement_rank, generator_displacement_rank):
+        with pytest.raises(GMError, match=f"^{text} has no group part"):
+            refuses(weight, structure)
+    for asked in ("acting", "labels", "orbits", "points"):
+        with pytest.raises(GMError, match=f"^{text} has no group part"):
+            getattr(structure, asked)
+    with pytest.raises(GMError, match="no group part"):
+        generator_displacement(weight, structure, 0)
+    with pytest.raises(GMError, match="no group part"):
+        structure.blocks(shape)
+    with pytest.raises(GMError, match="without a group"):
+        structure.with_rank(0, residual="lowrank")
+
+
 # ------------------------------------------------------------------------------------------------------------ nearest
 
 
-@SUBJECTS
+@WITH_GROUP
 def test_nearest_is_the_average_over_the_group(text: str, shape: tuple[int, ...], generator: Generator) -> None:
     structure, weight = Structure.parse(text), randn(shape, generator)
 
@@ -206,7 +293,7 @@ def test_kronecker_products(first: str, second: str, generator: Generator) -> No
 # ---------------------------------------------------------------------------------------------------------- distances
 
 
-@SUBJECTS
+@WITH_GROUP
 def test_distance_is_half_the_mean_commutator(text: str, shape: tuple[int, ...], generator: Generator) -> None:
     structure, weight = Structure.parse(text), randn(shape, generator)
     moved = [slow_move(weight, structure, g) for g in range(structure.group.order)]
@@ -245,7 +332,7 @@ def test_distance_of_zero() -> None:
 # ------------------------------------------------------------------------------------------------------- displacement
 
 
-@SUBJECTS
+@WITH_GROUP
 def test_diagonals_and_displacement(text: str, shape: tuple[int, ...], generator: Generator) -> None:
     structure, weight = Structure.parse(text), randn(shape, generator)
     if not structure.rows.is_regular:
@@ -278,7 +365,7 @@ def test_displacement_rank_is_the_number_of_gates(name: str, rank: int, generato
     assert displacement_rank(weight + 1e-9 * randn((2 * n, n), generator), name) > rank or rank == n - 1, "the control"
 
 
-@SUBJECTS
+@WITH_GROUP
 def test_generator_displacement(text: str, shape: tuple[int, ...], generator: Generator) -> None:
     structure, weight = Structure.parse(text), randn(shape, generator)
     structured = group_matrix(structure, shape, generator)
@@ -330,6 +417,10 @@ def test_which_rank_adds_up_under_products(name: str, generator: Generator) -> N
         *("C4+displacement:1:split", "C4+lowrank:0:split", "C4+lowrank:1:flat", "C4+lowrank:split"),
         *("C4+", "C4+lowrank", "C4+lowrank:1+lowrank:2", "C4+rank:1", "C4+displacement:-1", "C4+displacement:1.5"),
         *("D4[G/<1>,G]+displacement:1", "C4[G,G]xC2", "C4[fixed0,G]", "C4+lowrank:99999999"),
+        *("lowrank:0", "lowrank:2+", "+lowrank:2", "lowrank", "lowrank:2:flat", "lowrank:2+C4", "lowrank:2xC4"),
+        *("displacement:1", "displacement:1+lowrank:2", "lowrank:2+displacement:1", "lowrank:1+lowrank:1"),
+        *("adapted:2", "adapted:0:2x2", "adapted:2:0x2", "adapted:2:2", "adapted:2:2x2x2", "adapted:2:-2x2"),
+        *("adapted:2:2x2:flat", "adapted:2:split:2x2", "lowrank:1+adapted:1:2x2", "C4+lowrank:1+adapted:1:2x2"),
     ],
 )
 def test_strings_refused(text: str) -> None:
@@ -345,9 +436,21 @@ def test_ranks_and_types_refused() -> None:
         ("C4", {"rank": -1}),
         ("C4", {"rank": 1.5}),
         ("C4", {"rank": 1, "residual": "sparse"}),
+        ("lowrank:1", {"rank": 1}),
+        ("adapted:1:2x2", {"rank": 1, "residual": "lowrank"}),
     ):
         with pytest.raises(GMError):
             Structure.parse(given, **options)
+    for text in ("adapted:7:1x1", "C4+adapted:7:1x1:split"):
+        with pytest.raises(GMError, match="write lowrank:7$"):
+            Structure.parse(text)
+    for grid in ((2,), (2, 2, 2), (2, 0), (2.0, 2), [2, 2], (True, 2)):
+        with pytest.raises(GMError, match="two numbers of blocks"):
+            Structure.factors(1, grid=grid)
+    points = Structure.parse("C4").rows
+    for fields in ((None, points, points), (None, None, None, points), (points.group, points, None)):
+        with pytest.raises(GMError, match="group"):
+            Structure(*fields, lowrank=1)
     unnamed = from_table(np.add.outer(np.arange(65), np.arange(65)) % 65)
     with pytest.raises(GMError, match="no name"):
         str(Structure.regular(unnamed))
@@ -369,6 +472,24 @@ def test_shapes_refused(text: str, shape: tuple[int, ...]) -> None:
         assert str(shape) in str(caught.value)
     with pytest.raises(GMError):
         Structure.parse(text).parameters(shape)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "words"),
+    [
+        ("adapted:1:3x2", (4, 4), "rows divisible by 3 and columns divisible by 2"),
+        ("adapted:1:2x3", (4, 4, 3, 3), "rows divisible by 2 and columns divisible by 3"),
+        ("C2+adapted:1:2x4:split", (4, 6, 2, 2), "rows divisible by 2 and columns divisible by 4"),
+        ("adapted:1:2x2:split", (4, 4), "splits the taps"),
+        ("lowrank:1:split", (4, 4, 3), "splits the taps"),
+        ("lowrank:1", (4,), "a weight has shape"),
+        ("lowrank:1", (4, 0), "a weight has shape"),
+    ],
+)
+def test_shapes_refused_for_a_factor_part(text: str, shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(GMError, match=words) as caught:
+        Structure.parse(text).shapes(shape)
+    assert str(shape) in str(caught.value)
 
 
 @pytest.mark.parametrize(

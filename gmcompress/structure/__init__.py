@@ -2,13 +2,11 @@
 
 from .algebra import (
     as_structure,
-    as_view,
     check_weight,
     diagonals,
     distance,
     expand,
     factor_weight,
-    from_view,
     index_tensor,
     nearest,
     orbit_means,
@@ -25,7 +23,6 @@ from .displacement import (
 __all__ = [
     "Structure",
     "as_structure",
-    "as_view",
     "check_weight",
     "diagonals",
     "displacement",
@@ -33,7 +30,6 @@ __all__ = [
     "distance",
     "expand",
     "factor_weight",
-    "from_view",
     "generator_displacement",
     "generator_displacement_rank",
     "index_tensor",

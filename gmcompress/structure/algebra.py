@@ -94,28 +94,31 @@ def expand(
 
 
 def factor_weight(tensors: Mapping[str, Tensor], structure: Structure, shape: Sequence[int]) -> Tensor:
-    """The factor part of a weight, left · right or block by block U_p diag(s_pq) V_qᵀ, of the weight's shape."""
+    """The factor part of a weight, left · right or block by block U_p diag(s_pq) V_qᵀ, of the weight's shape.
+
+    Source: Lee et al. 2024, BLAST, equation 2.
+
+    >>> ones = {"left": torch.ones(2, 1), "right": torch.ones(1, 2)}
+    >>> factor_weight(ones | {"scales": torch.tensor([[[1.0], [2.0]]])}, Structure.parse("adapted:1:1x2"), (2, 2))
+    tensor([[1., 2.],
+            [1., 2.]])
+    """
     left, right = tensors["left"].flatten(0, -2), tensors["right"].flatten(1)
     if structure.grid is None:
-        return from_view(left @ right, structure, shape)
+        return _from_view(left @ right, structure, shape)
     p, q = structure.grid
     rank, wide = right.shape
     scaled = tensors["scales"].transpose(1, 2)[..., None] * right.reshape(rank, q, wide // q)  # (P, r, Q, b)
     product = left.reshape(p, -1, rank) @ scaled.reshape(p, rank, wide)
-    return from_view(product.reshape(left.shape[0], wide), structure, shape)
+    return _from_view(product.reshape(left.shape[0], wide), structure, shape)
 
 
-def as_view(weight: Tensor, structure: Structure) -> Tensor:
-    """The matrix of which the factor part is taken: rows × columns·taps, or rows·ky × columns·kx where split."""
-    return weight.transpose(1, 2).flatten(2).flatten(0, 1) if structure.split else weight.flatten(1)
-
-
-def from_view(matrix: Tensor, structure: Structure, shape: Sequence[int]) -> Tensor:
-    """The weight of which this is the matrix."""
+def _from_view(matrix: Tensor, structure: Structure, shape: Sequence[int]) -> Tensor:
+    """The weight of which this is the matrix, rows × columns·taps or, split, rows·ky × columns·kx."""
     if not structure.split:
         return matrix.reshape(tuple(shape))
     rows, columns, height, width = shape
-    return matrix.reshape(rows, height, columns, width).transpose(1, 2)
+    return matrix.reshape(rows, height, columns, width).transpose(1, 2).contiguous()
 
 
 def orbit_means(weight: Tensor, structure: Structure | Group | str) -> Tensor:  # -> kernel, as in Structure.shapes

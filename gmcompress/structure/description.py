@@ -61,16 +61,23 @@ class Structure:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
                 raise GMError(f"{what} rank must be an integer of at least 0, not {rank!r}")
         if not self.lowrank and (self.split or self.grid):
-            raise GMError("only a low rank or adapted bases can be split over the taps, and this structure has none")
+            raise GMError("only a factor part of rank 1 or more has a grid or splits the taps, and this one has none")
         if self.group is None:
-            if not self.lowrank or self.displacement:
+            if not self.lowrank or self.displacement or (self.rows, self.columns, self.taps) != (None, None, None):
                 raise GMError("a structure without a group has a low rank or adapted bases, and nothing else")
         elif self.rows is None or self.columns is None:
             raise GMError("a structure with a group names the sets that it acts on")
         elif self.displacement and not self.rows.is_regular:
             raise GMError(f"displacement rank is defined where the rows are the group itself, not {self.rows.name!r}")
-        if self.grid is not None and (min(self.grid) < 1 or max(self.grid) < 2):
-            raise GMError("adapted bases have at least two blocks; with a single one, write lowrank")
+        if self.grid is not None:
+            self._check_grid(self.grid)
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        counts = grid if isinstance(grid, tuple) and len(grid) == 2 else (0, 0)
+        if any(not isinstance(each, int) or isinstance(each, bool) or each < 1 for each in counts):
+            raise GMError(f"a grid is two numbers of blocks, of rows and of columns, not {grid!r}")
+        if grid == (1, 1):
+            raise GMError(f"adapted bases have more than one block; with a single one, write lowrank:{self.lowrank}")
 
     @classmethod
     def parse(cls, text: str | Group | Structure, *, rank: int = 0, residual: str = "displacement") -> Structure:
@@ -113,7 +120,7 @@ class Structure:
             GMError: it has none.
         """
         if self.group is None:
-            raise GMError(f"{self} has no group part")
+            raise GMError(f"{self} has no group part, so no group matrices, orbits or displacement belong to it")
         return self.group
 
     def with_rank(self, rank: int, *, residual: str, split: bool = False) -> Structure:
@@ -159,7 +166,7 @@ class Structure:
     def _sets(self) -> tuple[GSet, GSet]:
         """The sets of rows and columns, of a structure that has a group."""
         if self.rows is None or self.columns is None:
-            raise GMError(f"{self} has no group part")
+            raise GMError(f"{self} has no group part, so no group matrices, orbits or displacement belong to it")
         return self.rows, self.columns
 
     @property
@@ -260,16 +267,19 @@ def _read(text: str | Group) -> Structure:
     if isinstance(text, Group):
         return Structure.regular(text)
     head, *residuals = text.split("+")
-    if _RESIDUAL.fullmatch(head.strip()):
-        head, residuals = "", [head, *residuals]
+    if not head.strip():
+        raise GMError(f'the structure {text[:80]!r} names nothing in front; write "C4", "C4+lowrank:2" or "lowrank:2"')
+    alone = head.strip().startswith(_KINDS)
     ranks: dict[str, Any] = {}
-    for each in residuals:
+    for each in [head, *residuals] if alone else residuals:
         new = _read_residual(each.strip())
-        if not new or set(new) & set(ranks):
+        if not new:
             known = '"displacement:2", "lowrank:2", "lowrank:2:split" and "adapted:8:4x4" are'
             raise GMError(f"in {text[:80]!r}: {each[:40]!r} is no residual; {known}")
+        if set(new) & set(ranks):
+            raise GMError(f"in {text[:80]!r}: at most one displacement, and one lowrank or adapted, can be given")
         ranks |= new
-    if not head:
+    if alone:
         return Structure(None, None, None, **ranks)
     # the bracket of sets comes last and holds a comma outside <...>; the action of a semidirect product does not
     match = re.fullmatch(r"(.*)\[([^\[\],<]+(?:<[^>]*>)?(?:,[^\[\],<]+(?:<[^>]*>)?)+)\]\s*", head)
@@ -284,6 +294,7 @@ def _read(text: str | Group) -> Structure:
     return Structure(group, *sets, **ranks)  # type: ignore[arg-type]
 
 
+_KINDS = ("displacement", "lowrank", "adapted")  # no group string begins with one of them
 _RESIDUAL = re.compile(
     r"(?:(displacement):([0-9]{1,6})|(lowrank):([0-9]{1,6})(:split)?|(adapted):([0-9]{1,6}):([0-9]{1,4})x([0-9]{1,4})(:split)?)"
 )

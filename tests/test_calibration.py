@@ -1,0 +1,333 @@
+"""Calibration: moments against loops over patches, the targets they imply, divergences, gradients, and bad data."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from conftest import assert_close, must_fail
+from torch import Generator, Tensor, nn
+
+from gmcompress import calibration
+from gmcompress.calibration import (
+    Moments,
+    collect,
+    divergence,
+    norms_after,
+    output_moments,
+    outputs,
+    split_batch,
+    take,
+)
+from gmcompress.errors import GMError
+
+CONVOLUTIONS = [
+    {"kernel_size": 3},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 2)},
+    {"kernel_size": 3, "dilation": 2, "padding": 2},
+    {"kernel_size": 3, "groups": 2, "padding": 1},
+    {"kernel_size": (1, 3), "groups": 4, "padding": "same", "dilation": 2},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": 2, "padding": 1, "padding_mode": "circular", "groups": 2},
+]
+
+
+def slow_patches(layer: nn.Conv2d, x: Tensor) -> list[list[Tensor]]:
+    """For every convolution group the vectors (channel, ky, kx) under the kernel, one for each place of the output."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    width, (high, wide) = layer.in_channels // layer.groups, layer.kernel_size
+    places = layer(x).shape[2:]
+    found: list[list[Tensor]] = [[] for _ in range(layer.groups)]
+    for n, top, side, g in itertools.product(range(len(x)), *map(range, places), range(layer.groups)):
+        patch = [
+            padded[n, c, top * layer.stride[0] + y * layer.dilation[0], side * layer.stride[1] + z * layer.dilation[1]]
+            for c, y, z in itertools.product(range(g * width, (g + 1) * width), range(high), range(wide))
+        ]
+        found[g].append(torch.stack(patch))
+    return found
+
+
+def assert_moments(found: Moments, old: list[list[Tensor]], new: list[list[Tensor]]) -> None:
+    """The sums, vector by vector, in float64; `found` was summed in float32."""
+    for g, (ts, xs) in enumerate(zip(old, new, strict=True)):
+        ts, xs = ([each.detach().double() for each in vectors] for vectors in (ts, xs))
+        assert found.count == len(xs)
+        inputs = sum(torch.outer(x, x) for x in xs) / len(xs)
+        cross = sum(torch.outer(t, x) for t, x in zip(ts, xs, strict=True)) / len(xs)
+        for mine, expected in (
+            (found.inputs, inputs),
+            (found.cross, cross),
+            (found.mean, sum(xs) / len(xs)),
+            (found.dense_mean, sum(ts) / len(ts)),
+        ):
+            assert_close(mine[g].float(), expected.float(), slack=10)
+
+
+def two(build: type[nn.Module], *arguments: object, **options: object) -> tuple[nn.Module, nn.Module]:
+    """A small network and another one with other weights in front of the layer that is looked at."""
+    torch.manual_seed(0)
+    return tuple(nn.Sequential(nn.Conv2d(3, 4, 1), build(*arguments, **options)) for _ in range(2))  # type: ignore
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_moments_of_convolutions(options: dict[str, object], generator: Generator) -> None:
+    dense, small = two(nn.Conv2d, 4, 8, **options)
+    batches = [torch.randn(size, 3, 6, 5, generator=generator) for size in (2, 1)]
+    found = collect(dense, small, ["1"], batches)["1"]
+    with torch.no_grad():
+        old, new = ([slow_patches(net[1], net[0](x)) for x in batches] for net in (dense, small))
+    old, new = ([sum(parts, []) for parts in zip(*each, strict=True)] for each in (old, new))
+    assert_moments(found, old, new)
+    must_fail(assert_moments, found, old, old)
+    assert_moments(collect(dense, dense, ["1"], batches)["1"], old, old)
+
+
+class Tokens(nn.Module):
+    """A linear layer on tokens, called twice before another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last, self.never = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.body(torch.tanh(self.body(x))))
+
+
+def test_moments_of_tokens_and_of_a_module_called_twice(generator: Generator) -> None:
+    torch.manual_seed(0)
+    dense, small = Tokens(), Tokens()
+    x = torch.randn(2, 5, 4, generator=generator)
+    found = collect(dense, small, ["body", "last", "never"], [x])
+    assert set(found) == {"body", "last"}, "a layer that never runs has no moments"
+    vectors = []
+    for net in (dense, small):
+        with torch.no_grad():
+            inner = torch.tanh(net.body(x))
+            vectors.append([[*x.flatten(0, 1), *inner.flatten(0, 1)]])
+    assert_moments(found["body"], *vectors)
+    must_fail(assert_moments, found["body"], *([[each[0][:10]] for each in vectors]))
+    assert not dense.body._forward_pre_hooks, "no hook is left behind"
+
+
+def test_a_subsample_is_unbiased(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many seeds the mean of the drawn moments nears the whole one as fast as chance allows."""
+    dense, _ = two(nn.Conv2d, 4, 4, kernel_size=3)
+    batches = [torch.randn(4, 3, 12, 12, generator=generator) for _ in range(40)]
+    monkeypatch.setattr(calibration, "POSITIONS", 10**6)
+    whole = collect(dense, dense, ["1"], batches)["1"]
+    monkeypatch.setattr(calibration, "POSITIONS", 45)  # 45·36 of 16000 patches, 40 of each batch
+    drawn = collect(dense, dense, ["1"], batches)["1"]
+    assert whole.count == 40 * 400
+    assert drawn.count == 40 * 40
+
+    def assert_near(found: Tensor) -> None:
+        error = float((found - whole.inputs).norm() / whole.inputs.norm())
+        assert 0.001 < error < 3 * (36 / drawn.count) ** 0.5
+
+    assert_near(drawn.inputs)
+    must_fail(assert_near, 1.5 * drawn.inputs)
+    must_fail(assert_near, whole.inputs)
+
+
+def moments_of(t: Tensor, x: Tensor) -> Moments:  # both (count, groups, m)
+    t, x = t.transpose(0, 1), x.transpose(0, 1)
+    return Moments(x.shape[1], x.mT @ x / x.shape[1], t.mT @ x / x.shape[1], x.mean(1), t.mean(1))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_centred_moments_are_those_of_centred_vectors(groups: int, generator: Generator) -> None:
+    t, x = (torch.randn(50, groups, 3, generator=generator, dtype=torch.float64) + 2 for _ in range(2))
+    found, expected = moments_of(t, x).centred(), moments_of(t - t.mean(0), x - x.mean(0))
+    assert_close(found.inputs, expected.inputs)
+    assert_close(found.cross, expected.cross)
+    must_fail(assert_close, moments_of(t, x).inputs, expected.inputs)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_target_is_the_least_squares_weight(
+    groups: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the vectors are many and undamped, no other weight W* makes Σ ‖W t − W* x‖² smaller."""
+    monkeypatch.setattr(calibration, "DAMPING", 1e-12)
+    x = torch.randn(400, groups, 5, generator=generator, dtype=torch.float64)
+    t = x + 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4 * groups, 5, generator=generator, dtype=torch.float64)
+    moments = moments_of(t, x)
+    moments = Moments(10**15, moments.inputs, moments.cross, moments.mean, moments.dense_mean)
+    parts = weight.reshape(groups, 4, 5)
+    best = [torch.linalg.lstsq(x[:, g], t[:, g] @ parts[g].T).solution.T for g in range(groups)]
+    assert_close(moments.target(weight), torch.cat(best), slack=1e3)
+    must_fail(assert_close, moments.target(weight), weight)
+    shift = [(x[:, g] @ best[g].T - t[:, g] @ parts[g].T).mean(0) for g in range(groups)]
+    assert_close(moments.shift(weight, torch.cat(best)), torch.cat(shift))
+    same = moments_of(t, t)
+    assert_close(same.target(weight), weight, slack=10)
+
+
+def test_few_vectors_are_damped(generator: Generator) -> None:
+    """With fewer vectors than dimensions the Gram matrix can be factored, and the target of equal inputs is W."""
+    x = torch.randn(3, 1, 8, generator=generator, dtype=torch.float64)
+    moments, weight = moments_of(x, x), torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    torch.linalg.cholesky(moments.gram())
+    assert float(torch.linalg.eigvalsh(moments.inputs).min()) < 1e-12, "the control"
+    assert_close(moments.target(weight), weight, slack=10)
+    nothing = moments_of(0 * x, 0 * x)
+    assert_close(nothing.target(weight), weight)
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def batches_of(*sizes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for size in sizes:
+        yield torch.arange(size).float()[:, None], torch.zeros(size)
+
+
+def test_what_is_taken_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [len(each) for each in take(batches_of(4, 4, 4), samples=6)] == [4, 2]
+    assert [len(each) for each in take(batches_of(4, 4), samples=8)] == [4, 4]
+    assert [len(each) for each in take(torch.zeros(9, 2), samples=5)] == [5]
+    mapping = {"x": torch.zeros(4, 2), "labels": torch.zeros(4), "scale": 3}
+    for data in (mapping, [mapping]):
+        (found,) = take(data, samples=3)
+        assert set(found) == {"x", "scale"}
+        assert (found["x"].shape, found["scale"]) == ((3, 2), 3)
+    monkeypatch.setattr(calibration, "MEMORY", 40)
+    assert [len(each) for each in take(batches_of(6, 6, 6))] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([], "empty"), ([3], "gave int"), ([torch.tensor(1.0)], "first axis"), ([torch.zeros(0, 3)], "first axis")],
+)
+def test_bad_data_is_refused(data: object, message: str) -> None:
+    with pytest.raises(GMError, match=message):
+        take(data)
+
+
+def test_batches_are_split_and_joined(generator: Generator) -> None:
+    x = torch.randn(7, 3, generator=generator)
+    for limit, sizes in ((6, [2, 2, 2, 1]), (1, [1] * 7), (100, [7])):
+        assert [len(each) for each in split_batch(x, limit)] == sizes
+        assert torch.equal(torch.cat(split_batch(x, limit)), x)
+    pieces = split_batch({"x": x, "y": x, "flag": True}, 12)
+    assert [len(each["x"]) for each in pieces] == [2, 2, 2, 1]
+    assert all(each["flag"] for each in pieces)
+    uneven = {"x": x, "y": x[:2]}
+    assert split_batch(uneven, 1) == [uneven]
+
+
+# ------------------------------------------------------------------------------------------------------ the divergences
+
+
+def slow_divergence(old: Tensor, new: Tensor) -> float:
+    """Σ p ln(p/q), place by place."""
+    total = 0.0
+    for a, b in zip(old.tolist(), new.tolist(), strict=True):
+        p, q = (torch.tensor(each, dtype=torch.float64).exp() for each in (a, b))
+        p, q = p / p.sum(), q / q.sum()
+        total += sum(float(x * (x / y).log()) for x, y in zip(p, q, strict=True))
+    return total / len(old)
+
+
+def test_the_divergence_of_logits(generator: Generator) -> None:
+    old, new = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = slow_divergence(old, new)
+    assert_close(divergence([old], [new], logits=True), expected)
+    assert_close(divergence([old[:2], old[2:]], [new[:2], new[2:]], logits=True), expected)
+    assert_close(divergence([old], [new + 3], logits=True), expected)
+    assert_close(divergence([old.view(2, 3, 5)], [new.view(2, 3, 5)], logits=True), expected)
+    maps = (each.view(1, 2, 3, 5).permute(0, 3, 1, 2) for each in (old, new))
+    assert_close(divergence(*([each] for each in maps), logits=True), expected)
+    must_fail(assert_close, divergence([new], [old], logits=True), expected)
+    for logits in (True, False):
+        assert_close(divergence([old], [old], logits=logits), 0.0)
+
+
+def test_the_divergence_of_other_outputs(generator: Generator) -> None:
+    old, new = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = (old - new).square().mean() / (old - old.mean(0)).square().mean()
+    assert_close(divergence([old], [new], logits=False), expected)
+    assert_close(divergence([5 * old + 1], [5 * new + 1], logits=False), expected)
+    must_fail(assert_close, divergence([old], [2 * new], logits=False), expected)
+    with pytest.raises(GMError, match="no tensor of floating point"):
+        outputs(nn.Flatten(), [torch.zeros(2, 2, dtype=torch.int64)])
+
+
+# -------------------------------------------------------------------------------------------------------- the gradients
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 2), nn.Flatten(), nn.Linear(6, 3)
+    ).double()
+
+
+def test_output_moments_are_those_of_the_fisher_information(generator: Generator) -> None:
+    """Of the last layer the moment is the mean of diag(p) − p pᵀ, which many drawn labels near; its diagonal is 1."""
+    model = classifier()
+    x = torch.randn(600, 2, 4, 4, generator=generator, dtype=torch.float64)
+    found = output_moments(model, [x], ["0", "2", "4"], logits=True)
+    p = model(x).softmax(-1)
+    fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0).detach()
+    expected = fisher / fisher.diagonal().mean()
+
+    def assert_near(moment: Tensor) -> None:
+        assert float((moment - expected).norm() / expected.norm()) < 0.1
+
+    assert_near(found["4"])
+    must_fail(assert_near, torch.eye(3, dtype=torch.float64))
+    for name, rows in (("0", 4), ("2", 6), ("4", 3)):
+        assert found[name].shape == (rows, rows)
+        assert_close(found[name].diagonal().mean(), 1.0)
+        assert float(torch.linalg.eigvalsh(found[name]).min()) > -1e-6
+    again = output_moments(model, [x], ["0", "2", "4"], logits=True)
+    assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+def test_frozen_weights_have_output_moments_and_unreached_layers_none(generator: Generator) -> None:
+    model, x = classifier(), torch.randn(50, 2, 4, 4, generator=generator, dtype=torch.float64)
+    expected = output_moments(model, [x], ["0", "2", "4"], logits=True)
+    model.zero_grad()
+    model.requires_grad_(False)
+    found = output_moments(model, [x], ["0", "2", "4"], logits=True)
+    for name in expected:
+        assert_close(found[name], expected[name], slack=1e6)
+    assert all(each.grad is None for each in model.parameters())
+    tokens = Tokens()
+    assert set(output_moments(tokens, [torch.randn(3, 4)], ["body", "never"], logits=False)) == {"body"}
+
+
+# -------------------------------------------------------------------------------------------------------------- norms
+
+
+class Norms(nn.Module):
+    """Layers before BatchNorms, directly, after an activation, after an addition, in place or not, and shared."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth, self.fifth = (nn.Conv2d(4, 4, 1) for _ in range(5))
+        self.after_first, self.after_relu, self.after_add, self.shared = (nn.BatchNorm2d(4) for _ in range(4))
+        self.relu, self.inplace = nn.ReLU(inplace=inplace), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after_first(self.first(x))
+        x = self.after_relu(self.relu(self.second(x)))
+        y = self.third(x)
+        if self.inplace:
+            y += x
+        else:
+            y = y + x
+        return self.shared(self.fourth(self.after_add(y))) + self.shared(self.fifth(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_norm_behind_a_layer(inplace: bool) -> None:
+    names = ["first", "second", "third", "fourth", "fifth"]
+    assert norms_after(Norms(inplace=inplace).eval(), torch.randn(2, 4, 3, 3), names) == {"first": "after_first"}
+    twice = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    assert norms_after(nn.Sequential(twice, twice).eval(), torch.randn(2, 4), ["0.0"]) == {}
+    assert norms_after(twice.eval(), torch.randn(2, 4), ["0"]) == {"0": "1"}
