@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
@@ -22,8 +23,10 @@ GRIDS = (4, 8, 16)  # blocks along each side of an adapted basis
 ANCHOR = 0.33  # the share at which the grids of a layer are compared
 STEPS = 8  # of the fit of every candidate; three times as many where the weight is small
 SMALL = 1 << 14  # numbers of a weight up to which fits cost next to nothing
-EFFORT = 3e11  # multiply-adds for the table of one layer, above which adapted bases are fitted at one size only
-ANCHOR_EFFORT = {True: 6e10, False: 1.5e10}  # multiply-adds of that one fit, with data and without
+EFFORT = 1e11  # multiply-adds for the table of one layer, above which adapted bases are fitted at two sizes only
+ANCHORS = (0.25, 0.6)  # these two
+ANCHOR_EFFORT = {True: 4e10, False: 3e9}  # multiply-adds of each of the two fits, with data and without
+TINY = 1e-30  # stands for a loss of zero in logarithms
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 
 
@@ -94,7 +97,7 @@ def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
 def undominated(found: Sequence[Candidate]) -> list[Candidate]:
     """The candidates than which no other is at most as large in every cost and at most as lossy, by size."""
     kept: list[Candidate] = []
-    for each in sorted(found, key=lambda c: (c.params, c.loss)):
+    for each in sorted(found, key=lambda c: (c.params, c.loss, c.macs or 0)):
         better = (k.loss <= each.loss and (k.macs or 0) <= (each.macs or 0) for k in kept)
         if not any(better):
             kept.append(each)
@@ -162,27 +165,37 @@ def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
 
 
 def _estimated(subject: Subject, low_ranks: Sequence[Candidate], *, split: bool) -> list[Candidate]:
-    """Adapted bases of a large weight: fitted at one size, and at the others as much ahead of low ranks as there."""
+    """Adapted bases of a large weight: fitted at two sizes; at others as far ahead of low ranks as lies between."""
     limit, grids = subject.weight.numel(), grids_of(subject.shape)
-    if not grids or not (rank := rank_within(subject.shape, int(ANCHOR * limit), grid=grids[-1], split=split)):
+    if not grids:
         return []
-    grid = grids[-1]
-    structure = Structure.factors(rank, grid=grid, split=split)
-    start = start_factors(subject.weight, structure, subject.metric)
-    effort = ANCHOR_EFFORT[subject.metric.inputs is not None]
-    tensors = refine(subject.weight, structure, start, metric=subject.metric, effort=effort)
-    reached = _loss(subject, structure, tensors)
-    ahead = reached / max(_loss_at(low_ranks, structure.parameters(subject.shape)), 1e-30)
-    if not ahead < 1:
-        return []
+    grid, ahead = grids[-1], []
+    for share in ANCHORS:
+        structure = _sized(subject, share, grid, split=split)
+        if structure is None:
+            return []
+        start = start_factors(subject.weight, structure, subject.metric)
+        effort = ANCHOR_EFFORT[subject.metric.inputs is not None]
+        tensors = refine(subject.weight, structure, start, metric=subject.metric, effort=effort)
+        stored = structure.parameters(subject.shape)
+        reached = max(_loss(subject, structure, tensors), TINY)
+        ahead.append((stored / limit, math.log(reached / max(_loss_at(low_ranks, stored), TINY))))
+    (x0, y0), (x1, y1) = ahead
+    slope = (y1 - y0) / max(x1 - x0, 1 / limit)
     found = []
     for share in SHARES:
-        rank = rank_within(subject.shape, int(share * limit), grid=grid, split=split)
-        if rank:
-            structure = Structure.factors(rank, grid=grid, split=split)
+        structure = _sized(subject, share, grid, split=split)
+        if structure is not None:
             stored = structure.parameters(subject.shape)
-            found.append(subject.candidate(structure, ahead * _loss_at(low_ranks, stored)))
+            factor = math.exp(min(y0 + slope * (min(max(stored / limit, x0), x1) - x0), 0.0))
+            found.append(subject.candidate(structure, factor * _loss_at(low_ranks, stored)))
     return found
+
+
+def _sized(subject: Subject, share: float, grid: tuple[int, int], *, split: bool) -> Structure | None:
+    """Adapted bases that store at most this share of the dense numbers; None where not even rank 1 does."""
+    rank = rank_within(subject.shape, int(share * subject.weight.numel()), grid=grid, split=split)
+    return Structure.factors(rank, grid=grid, split=split) if rank else None
 
 
 def _loss_at(low_ranks: Sequence[Candidate], stored: int) -> float:

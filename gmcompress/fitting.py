@@ -21,6 +21,7 @@ from .structure import Structure, expand
 
 FORCING = 0.1  # an inner solve stops when the squared preconditioned residual has fallen by this much
 INNER = 30  # steps of conjugate gradients at most in one step of Levenberg–Marquardt
+COUPLED = 48  # rank up to which the preconditioner couples the scales of a block; above it their diagonal is enough
 RETRIES = 5  # larger dampings tried before the fit is taken as converged
 
 
@@ -73,13 +74,15 @@ class _Factors:
         uu = u.mT @ u * (1.0 if self.outputs is None else self.outputs)
         by_u = by_u * (1.0 if self.outputs is None else self.outputs)
         by_v = torch.einsum("prt,pqr,pqt->qrt", uu, s, s)
+        if rank > COUPLED:  # so many blocks of r × r would cost more than the products they save
+            uu, vsv = _diagonal(uu), _diagonal(vsv)
         by_s = uu[:, None] * vsv[None]
         return _Blocks(by_u.reshape(len(u), h * rank, h * rank), by_s, by_v, m.blocks, h)
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks of the Gauss–Newton matrix: of U (P, h·r, h·r), of s (P, Q, r, r), of V as A_q ⊗ S_q."""
+    """Blocks of the Gauss–Newton matrix: of U (P, h·r, h·r), of s (P, Q, r, r) or its diagonal, of V as A_q ⊗ S_q."""
 
     by_u: Tensor
     by_s: Tensor
@@ -95,7 +98,7 @@ class _Blocks:
             of_v = of_v * _diagonal(self.moment)[..., None]
         return {
             "u": by_u.reshape(len(by_u), 1, self.h, -1),
-            "s": _diagonal(self.by_s),
+            "s": self.by_s if self.by_s.dim() == 3 else _diagonal(self.by_s),
             "v": of_v,
         }
 
@@ -106,7 +109,11 @@ class _Blocks:
             return torch.cholesky_inverse(cholesky(blocks + torch.diag_embed(damping * _diagonal(blocks)), 1e-9))
 
         moment = None if self.moment is None else inverse(self.moment)
-        return _Solver(inverse(self.by_u), inverse(self.by_s), inverse(self.by_v), moment, self.h)
+        if self.by_s.dim() == 3:
+            by_s = 1 / (self.by_s * (1 + damping) + 1e-9 * self.by_s.mean() + torch.finfo(self.by_s.dtype).tiny)
+        else:
+            by_s = inverse(self.by_s)
+        return _Solver(inverse(self.by_u), by_s, inverse(self.by_v), moment, self.h)
 
 
 def _diagonal(blocks: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ class _Solver:
         v = v @ self.by_v
         return {
             "u": (u.reshape(len(u), -1, self.h * u.shape[2]) @ self.by_u).reshape(u.shape),
-            "s": (self.by_s * s[..., None, :]).sum(-1),
+            "s": self.by_s * s if self.by_s.dim() == 3 else (self.by_s * s[..., None, :]).sum(-1),
             "v": v if self.moment is None else self.moment @ v,
         }
 

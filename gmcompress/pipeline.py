@@ -68,9 +68,11 @@ class _Job:
         """What the data says about the dense model; None without data."""
         if not self.batches:
             return None
+        examples = [first_of(each, 1) for each in self.batches]
+        for each in {describe(each): each for each in examples}.values():
+            run(dense, each)  # says what does not fit before any work is done
         logits = any(site.role == "classifier" for site in trace(dense, self.inputs))
-        example = first_of(self.batches[0], 1)
-        return calibrate(dense, self.batches, names, logits=logits, macs=count_macs(dense, example)[0])
+        return calibrate(dense, self.batches, names, logits=logits, macs=count_macs(dense, examples[0])[0])
 
     def notes(self, folder: str | Path | None, rules: Mapping[str, Any]) -> Notes:
         """Where what is done is kept, where a folder is given."""

@@ -107,6 +107,8 @@ class Plan:
             f"{len(self.layers)} of {len(self.sites)} layers compressed: "
             f"{self.model_parameters:,} → {self.parameters:,} parameters ({kept})"
         )
+        if self.optimum is not None:
+            summary += "\n" + _optimum_line(self.optimum)
         return table_text(f"Plan for {self.group}", columns, rows, width=140) + "\n" + summary
 
     def to_json(self) -> str:
@@ -147,6 +149,11 @@ class Plan:
         total = _expect(found["model_parameters"], int, "model_parameters")
         optimum = _optimum_from(found.get("optimum"))
         return cls(_expect(found["group"], str, "group"), layers, skipped, sites, total, optimum)
+
+
+def _optimum_line(optimum: Mapping[str, float | str]) -> str:
+    found = f"budget: {optimum['budget']}; predicted {optimum['measure']} {optimum['loss']:.3g}"
+    return found + (f", at least {optimum['bound']:.3g} in any plan" if optimum["gap"] else ", the least of any plan")
 
 
 def _expect(value: Any, kind: type, what: str) -> Any:

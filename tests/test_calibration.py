@@ -78,7 +78,7 @@ def test_moments_of_convolutions(options: dict[str, object], generator: Generato
     found = collect(dense, small, ["1"], batches)["1"]
     with torch.no_grad():
         old, new = ([slow_patches(net[1], net[0](x)) for x in batches] for net in (dense, small))
-    old, new = ([sum(parts, []) for parts in zip(*each, strict=True)] for each in (old, new))
+    old, new = ([[*itertools.chain(*parts)] for parts in zip(*each, strict=True)] for each in (old, new))
     assert_moments(found, old, new)
     must_fail(assert_moments, found, old, old)
     assert_moments(collect(dense, dense, ["1"], batches)["1"], old, old)

@@ -1,4 +1,4 @@
-"""Laws of the fit: the loss is the formula's, derivatives are adjoint, steps only descend and arrive, starts are best."""
+"""Laws of the fit: the loss is the formula's, derivatives are adjoint, steps descend and arrive, starts are best."""
 
 import itertools
 from math import prod
@@ -132,7 +132,7 @@ def test_what_is_stored_is_balanced(text: str, shape: tuple[int, ...], generator
     must_fail(assert_balanced, tensors)
 
 
-# ----------------------------------------------------------------------------------------------------------- the descent
+# --------------------------------------------------------------------------------------------------------- the descent
 
 
 @SUBJECTS

@@ -249,7 +249,7 @@ def test_a_layer_without_a_group_has_no_distances(measured):
     alone = first | {"structure": "adapted:4:4x4"} | dict.fromkeys(group)
     page = render_html(measured | {"layers": [alone, *others]})
     rows = {each[1]: each for each in Reader(page).rows if len(each) == 13}
-    assert rows[first["layer"]][-len(group) - 1 : -1] == ["–"] * len(group)
+    assert rows[first["layer"]][-len(group) :] == ["–"] * len(group)
     assert all("–" not in rows[each["layer"]] for each in others), "the control"
     medians = statistics.median(row["distance_before"] for row in others)
     assert f"Median over the layers: {medians:.3f} dense" in text_of(page)

@@ -442,7 +442,7 @@ def test_ranks_and_types_refused() -> None:
         with pytest.raises(GMError):
             Structure.parse(given, **options)
     for text in ("adapted:7:1x1", "C4+adapted:7:1x1:split"):
-        with pytest.raises(GMError, match="write lowrank:7$"):
+        with pytest.raises(GMError, match=r"write lowrank:7$"):
             Structure.parse(text)
     for grid in ((2,), (2, 2, 2), (2, 0), (2.0, 2), [2, 2], (True, 2)):
         with pytest.raises(GMError, match="two numbers of blocks"):

@@ -1,0 +1,189 @@
+"""Candidates of one layer: exact costs, none dominated, losses of true fits, and what a planted structure picks."""
+
+import itertools
+from math import prod
+
+import pytest
+import torch
+from conftest import assert_close, must_fail
+from market import random_tensors
+from torch import Generator, Tensor
+
+from gmcompress.candidates import (
+    Subject,
+    candidates,
+    fit_factors,
+    grids_of,
+    multiply_adds,
+    plain_svd,
+    rank_within,
+    undominated,
+)
+from gmcompress.errors import GMError
+from gmcompress.factors import Metric
+from gmcompress.groups import group
+from gmcompress.projection import project
+from gmcompress.selection import Candidate
+from gmcompress.structure import Structure, expand
+
+SHAPES = [((16, 12), 1), ((12, 32), 1), ((8, 8, 3, 3), 1), ((16, 4, 3, 3), 2), ((16, 16, 1, 1), 1)]
+WEIGHTS = pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+
+
+def randn(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def subject_of(
+    shape: tuple[int, ...], groups: int, generator: Generator, *, data: bool = False, positions: int | None = None
+) -> Subject:
+    """A random weight; with `data` under a random metric."""
+    roots = randn((groups, prod(shape[1:]), prod(shape[1:])), generator), randn((shape[0], shape[0]), generator)
+    metric = Metric(*(each @ each.mT / each.shape[-1] for each in roots)) if data else Metric()
+    return Subject(randn(shape, generator), metric, groups, positions, itemsize=2)
+
+
+def refitted(subject: Subject, structure: Structure) -> float:
+    """The loss of a fit made anew."""
+    return project(subject.weight, structure, metric=subject.metric).loss
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+@WEIGHTS
+@pytest.mark.parametrize("positions", [None, 7])
+def test_costs_are_exact(shape: tuple[int, ...], groups: int, positions: int | None, generator: Generator) -> None:
+    found = candidates(subject_of(shape, groups, generator, positions=positions), group("C8"))
+    for each in found:
+        stored, structure = prod(shape), None
+        if each.structure is not None:
+            structure = Structure.parse(each.structure)
+            stored = sum(prod(one) for one in structure.shapes(shape).values())
+            assert stored < prod(shape)
+        assert (each.params, each.bytes) == (stored, 2 * stored)
+        factored = structure is not None and structure.group is None
+        assert each.macs == (None if positions is None else positions * (stored if factored else prod(shape)))
+        assert multiply_adds(structure, shape) <= prod(shape)
+    (dense,) = (each for each in found if each.structure is None)
+    assert dense.loss == 0
+
+
+@WEIGHTS
+@pytest.mark.parametrize("data", [False, True])
+def test_more_parameters_never_lose_more(shape: tuple[int, ...], groups: int, data: bool, generator: Generator) -> None:
+    found = candidates(subject_of(shape, groups, generator, data=data), group("C8"))
+
+    def assert_falls(found: list[Candidate]) -> None:
+        for smaller, larger in itertools.pairwise(found):
+            assert smaller.params < larger.params
+            assert smaller.loss > larger.loss
+
+    assert_falls(found)
+    assert 0 < found[0].loss <= 1 + 1e-9
+    must_fail(assert_falls, found[::-1])
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_losses_are_those_of_fits(data: bool, generator: Generator) -> None:
+    """A fit made anew of the same structure comes as near, give or take a local minimum."""
+    subject = subject_of((12, 16), 1, generator, data=data)
+    found = [each for each in candidates(subject, group("C4")) if each.structure]
+    ratios = [each.loss / refitted(subject, Structure.parse(each.structure)) for each in found]
+    assert len(ratios) > 4
+    assert all(0.7 < each < 1.3 for each in ratios)
+    for each in found:
+        if each.structure.startswith("lowrank"):
+            assert_close(each.loss, refitted(subject, Structure.parse(each.structure)), slack=1e4)
+
+
+def slow_undominated(found: list[Candidate]) -> set[tuple[int, int, float]]:
+    """Costs and losses than which no other is at most as large in all and smaller in one."""
+    rows = {(each.params, each.macs, each.loss) for each in found}
+
+    def beaten(row: tuple[int, int, float]) -> bool:
+        return any(other != row and all(a <= b for a, b in zip(other, row, strict=True)) for other in rows)
+
+    return {row for row in rows if not beaten(row)}
+
+
+def test_undominated_is_that_of_all_pairs(generator: Generator) -> None:
+    for size in range(1, 40):
+        numbers = torch.randint(0, 8, (size, 3), generator=generator).tolist()
+        found = [Candidate(str(n), params, 4 * params, macs, float(x)) for n, (params, macs, x) in enumerate(numbers)]
+        kept = undominated(found)
+        assert {(each.params, each.macs, each.loss) for each in kept} == slow_undominated(found)
+        assert len(kept) == len(slow_undominated(found))
+
+
+@pytest.mark.parametrize(("text", "shape"), [("C4", (16, 16)), ("D4", (16, 8)), ("C2xC2", (8, 8, 3, 3))])
+def test_a_planted_group_matrix_picks_its_group(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+    structure = Structure.parse(text)
+    weight = expand(random_tensors(structure, shape, generator), structure, shape)
+
+    def assert_picked(weight: Tensor) -> None:
+        exact = [each for each in candidates(Subject(weight, Metric()), group(text)) if each.loss < 1e-20]
+        assert {text, None} >= {each.structure for each in exact} >= {text}
+
+    assert_picked(weight)
+    must_fail(assert_picked, weight + 0.1 * randn(shape, generator))
+    names = [each.structure for each in candidates(Subject(weight, Metric()), None) if each.structure]
+    assert not any(each.startswith(("C", "D")) for each in names), "without a group there are no group matrices"
+
+
+# ---------------------------------------------------------------------------------------------------------- the factors
+
+
+@pytest.mark.parametrize("limit", [0, 1, 10, 57, 100, 300, 1000, 10**6])
+@pytest.mark.parametrize(("grid", "split"), [(None, False), (None, True), ((2, 4), False), ((4, 2), True)])
+def test_the_rank_within_a_limit_is_the_largest(limit: int, grid: tuple[int, int] | None, split: bool) -> None:
+    shape = (8, 8, 3, 2)
+    most = min(24, 16) if split else min(8, 48)
+
+    def assert_largest(rank: int) -> None:
+        assert 0 <= rank <= most
+        each = Structure.factors(1, grid=grid, split=split).parameters(shape)
+        assert rank * each <= limit
+        assert rank == most or (rank + 1) * each > limit
+
+    rank = rank_within(shape, limit, grid=grid, split=split)
+    assert_largest(rank)
+    must_fail(assert_largest, rank + 1)
+    must_fail(assert_largest, rank - 1)
+
+
+@pytest.mark.parametrize("shape", [(16, 12), (7, 64), (24, 10, 3, 3), (6, 9), (1, 5), (2, 3)])
+def test_grids_divide_the_widths(shape: tuple[int, ...]) -> None:
+    for p, q in grids_of(shape):
+        assert p * q > 1
+        assert (shape[0] % p, shape[1] % q) == (0, 0)
+        Structure.factors(1, grid=(p, q)).parameters(shape)
+
+
+@WEIGHTS
+def test_plain_svd_is_the_better_view(shape: tuple[int, ...], groups: int, generator: Generator) -> None:
+    subject, limit = subject_of(shape, groups, generator), prod(shape) // 2
+    structure, loss = plain_svd(subject, limit)
+    assert structure.parameters(shape) <= limit
+    assert_close(loss, refitted(subject, structure))
+    matrices = {False: subject.weight.flatten(1)}
+    if len(shape) == 4 and shape[2] > 1:
+        matrices[True] = subject.weight.transpose(1, 2).reshape(shape[0] * shape[2], -1)
+    losses = {}
+    for split, matrix in matrices.items():
+        rank = limit // sum(matrix.shape)
+        losses[split] = float(torch.linalg.svdvals(matrix)[rank:].square().sum() / matrix.square().sum())
+    assert_close(loss, min(losses.values()))
+    assert losses[structure.split] == min(losses.values())
+    with pytest.raises(GMError, match="no low rank of at most 3 numbers"):
+        plain_svd(subject, 3)
+
+
+def test_a_fit_grows_from_a_smaller_one(generator: Generator) -> None:
+    subject = subject_of((16, 16), 1, generator, data=True)
+    small, large = (Structure.factors(rank, grid=(2, 2)) for rank in (2, 4))
+    tensors, before = fit_factors(subject, small, None, iterations=3)
+    grown, after = fit_factors(subject, large, tensors, iterations=0)
+    assert after < before
+    assert_close(subject.relative_loss(expand(grown, large, (16, 16))), after)
+    assert fit_factors(subject, large, tensors, iterations=5)[1] < after
