@@ -349,6 +349,8 @@ def _score(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tenso
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         return (output * signs).sum()
     values = _classes_last(output).float().log_softmax(-1)
+    if values.isnan().any():
+        raise GMError("the model's outputs on the calibration data are not finite, so they cannot be compared")
     labels = torch.multinomial(values.detach().exp().cpu(), 1, generator=generator).to(values.device)
     return values.gather(1, labels).sum()
 

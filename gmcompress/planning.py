@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from math import gcd, prod
+from math import gcd, isfinite, prod
 from typing import Any
 
 from torch import nn
@@ -168,7 +168,10 @@ def _optimum_from(value: Any) -> dict[str, float | str] | None:
     kinds = {"budget": str, "measure": str, "loss": float, "bound": float, "gap": float}
     if set(_expect(value, dict, "optimum")) != set(kinds):
         raise GMError(f"in a plan, an optimum is an object with the fields {', '.join(kinds)}")
-    return {key: _expect(value[key], kind, key) for key, kind in kinds.items()}
+    found = {key: _expect(value[key], kind, key) for key, kind in kinds.items()}
+    if not all(isfinite(found[key]) for key in ("loss", "bound", "gap")):
+        raise GMError("in a plan, the loss, bound and gap of an optimum are finite")
+    return found
 
 
 def _strings(value: Any, what: str) -> dict[str, str]:

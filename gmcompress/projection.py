@@ -77,7 +77,7 @@ def project(
     exact = check_weight(weight)
     shape = tuple(weight.shape)
     _check_ranks(structure, shape)
-    metric = metric or Metric()
+    metric = (metric or Metric()).to(exact.dtype)
     metric.check(shape)
     tensors = _start(exact, structure, metric)
     if structure.grid is not None or metric != Metric():

@@ -127,6 +127,7 @@ def test_half_is_the_default() -> None:
         ({"data": []}, "empty"),
         ({"data": [3]}, "a batch is"),
         ({"data": torch.zeros(4, 7)}, "does not run on inputs"),
+        ({"data": torch.full((4, 8), float("nan"))}, "not finite"),
         ({"data": [(torch.zeros(4, 8), 0), (torch.zeros(4, 7), 0)]}, "does not run on inputs"),
     ],
 )
@@ -184,7 +185,7 @@ def test_an_optimum_survives_json() -> None:
     assert again == plan
     assert again.optimum["measure"] == "divergence of the outputs"
     assert plan.edit({"2": None}).optimum is None
-    for change in ({"loss": "small"}, {"loss": None}, {"more": 1.0}, {"budget": 3}):
+    for change in ({"loss": "small"}, {"loss": None}, {"more": 1.0}, {"budget": 3}, {"gap": float("nan")}):
         found = json.loads(plan.to_json())
         found["optimum"] |= change
         with pytest.raises(gm.GMError, match="in a plan"):

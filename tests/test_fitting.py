@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from gmcompress.errors import GMError
 from gmcompress.factors import Metric, start_factors
 from gmcompress.fitting import _Problem, refine
+from gmcompress.projection import project
 from gmcompress.structure import Structure, expand
 
 SUBJECTS = pytest.mark.parametrize(("text", "shape"), STRUCTURES, ids=[f"{t}-{s}" for t, s in STRUCTURES])
@@ -77,6 +78,13 @@ def test_moments_that_do_not_fit_are_refused(wrong: dict[str, tuple[int, ...]]) 
         Metric(**{name: torch.ones(shape) for name, shape in wrong.items()}).check((4, 6))
     with pytest.raises(GMError, match="NaN"):
         Metric(outputs=torch.full((4, 4), float("nan"))).check((4, 6))
+
+
+def test_a_metric_may_have_another_precision(generator: Generator) -> None:
+    weight, metric = randn((6, 8), generator), metric_for((6, 8), generator)
+    single = project(weight.float(), "lowrank:2", metric=metric.to(torch.float32))
+    assert {each.dtype for each in single.tensors.values()} == {torch.float32}
+    assert_close(single.loss, project(weight, "lowrank:2", metric=metric).loss, slack=1e8)
 
 
 # ---------------------------------------------------------------------------------------------------------- derivatives

@@ -58,7 +58,7 @@ def weights(folder):
 
 
 def assert_same_weights(folder, other):
-    """Equal to 1e-6, as the issue asks."""
+    """Equal to 1e-6."""
     found, expected = weights(folder), weights(other)
     assert found.keys() == expected.keys()
     for name, each in expected.items():
