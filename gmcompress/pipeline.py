@@ -74,10 +74,11 @@ class _Job:
         logits = any(site.role == "classifier" for site in trace(dense, self.inputs))
         return calibrate(dense, self.batches, names, logits=logits, macs=count_macs(dense, examples[0])[0])
 
-    def notes(self, folder: str | Path | None, rules: Mapping[str, Any]) -> Notes:
+    def notes(self, folder: str | Path | None, kind: str, rules: Mapping[str, Any]) -> Notes:
         """Where what is done is kept, where a folder is given."""
         if folder is None:
             return Notes(None, {})
+        folder = Path(folder) / kind
         key = {
             "model": model_digest(self.model),
             "data": data_digest([*self.batches, self.inputs]),
@@ -133,8 +134,10 @@ def make_plan(
     job = _Job.of(model, group, inputs, data, samples, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
     if rank is None:
+        if residual != "displacement":
+            raise GMError("residual= is for every layer alike; it goes with rank=, and under a budget the plan chooses")
         budgets, rules["ties"] = parse_budget(DEFAULT_BUDGET if budget is None else budget), ties
-        return allocate(job.table(rules, job.notes(checkpoint, rules)), budgets)
+        return allocate(job.table(rules, job.notes(checkpoint, "table", rules)), budgets)
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
     sites = trace(model, job.inputs)
@@ -170,7 +173,7 @@ def sweep(
     parsed = [parse_budget(each) for each in budgets]
     job = _Job.of(model, group, inputs, data, samples, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
-    table = job.table(rules, job.notes(checkpoint, rules))
+    table = job.table(rules, job.notes(checkpoint, "table", rules))
     return [allocate(table, each) for each in parsed]
 
 
@@ -255,8 +258,7 @@ def _fits(job: _Job, plan: Plan, checkpoint: str | Path | None) -> Reconstructio
     dense = shell(job.model)
     calibration = job.calibration(dense, list(structures))
     if calibration is not None:
-        folder = None if checkpoint is None else Path(checkpoint) / "fits"
-        notes = job.notes(folder, {})
+        notes = job.notes(checkpoint, "fits", {})
         return reconstruct(dense, private(dense), structures, calibration, notes=notes, progress=job.progress)
     fits: dict[str, Fit] = {}
     for name, structure in structures.items():

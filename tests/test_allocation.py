@@ -364,3 +364,19 @@ def test_what_was_interrupted_goes_on(tmp_path) -> None:
         gm.compress(zoo.mlp(), budget="75%", **options)
     with pytest.raises(gm.GMError, match="another data"):
         gm.compress(model, budget="75%", **(options | {"data": x + 1}))
+
+
+def test_a_plan_carried_out_first_leaves_room_for_a_table(tmp_path) -> None:
+    model, x = perceptron(), examples(perceptron())
+    options = {"group": "C4", "data": x, "checkpoint": tmp_path / "notes"}
+    plan = gm.plan(model, "C4", budget="60%", data=x)
+    first = gm.compress(model, plan=plan, **options)
+    second = gm.compress(model, budget="60%", **options)
+    assert second.plan == plan
+    assert torch.equal(second.model(x), first.model(x))
+
+
+def test_residuals_belong_to_ranks() -> None:
+    with pytest.raises(gm.GMError, match="goes with rank="):
+        gm.plan(perceptron(), "C4", budget="60%", residual="lowrank")
+    assert gm.plan(perceptron(), "C4", rank=1, residual="lowrank").layers
