@@ -53,8 +53,8 @@ def subset(images: Images, count: int | None) -> Images:
 
 def calibration(images: Images, samples: int, *, seed: int) -> list[torch.Tensor]:
     """Training images as they are, in batches of 250, the last one smaller where they do not go up."""
-    pixels = torch.cat([each for each, _ in plain_batches(images, samples, 1, seed=seed)])
-    return list(pixels.contiguous(memory_format=torch.channels_last).split(BATCH))
+    ((pixels, _),) = plain_batches(images, 1, samples, seed=seed)
+    return list(pixels.split(BATCH))
 
 
 def prepare(options: argparse.Namespace, arguments: Sequence[str], notes: Path) -> Bench:

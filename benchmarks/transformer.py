@@ -150,7 +150,7 @@ def share(right: Tensor) -> float:
     >>> share(torch.tensor([True, False]))
     50.0
     """
-    return 100 * float(right.double().mean())
+    return 100 * int(right.sum()) / len(right)
 
 
 def main(arguments: Sequence[str]) -> int:
