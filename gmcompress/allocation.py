@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .budgets import Budget
-from .calibration import collect, divergence, first_of, outputs
+from .calibration import collect, divergence, first_examples, outputs
 from .candidates import Subject, candidates, multiply_adds, rank_within
 from .errors import GMError
 from .factors import Metric, start_factors
@@ -21,10 +21,11 @@ from .projection import EXACT
 from .reconstruction import Calibration
 from .selection import Candidate, Selection, select
 from .structure import Structure, expand
-from .surgery import Inputs, Site
+from .surgery import Site
 
 PROBES = (0.45, 0.18)  # shares of a layer's weight at which the model's sensitivity to it is measured
 WORK = 1.5e12  # multiply-adds spent on measuring sensitivities
+FEWEST = 8  # examples on which they are measured in any case
 EXPONENTS = (0.5, 2.0)  # between which the growth of the divergence with the loss is believed
 
 Progress = Callable[[str, int, int], None]
@@ -80,12 +81,12 @@ def tabulate(
     kept = {name: notes.read("table", name) for name in by_name}
     found = {name: [Candidate(**row) for row in each[0]["rows"]] for name, each in kept.items() if each}
     names = [name for name in by_name if name not in found]
-    chunks = [names] if calibration is None else calibration.chunks(dense, names)
+    chunks = [names] if calibration is None else calibration.chunks(dense, names, passes=1)
     probes = None
     for chunk in chunks:
         moments = {} if calibration is None else collect(dense, dense, chunk, calibration.batches)
         if calibration is not None and probes is None:
-            probes = _Probes(dense, calibration, len(sites), positions or {})
+            probes = _Probes(dense, calibration, len(sites))
         for name in chunk:
             if progress is not None:
                 progress(name, len(found), len(sites))
@@ -103,13 +104,10 @@ def tabulate(
 class _Probes:
     """Measures how the model's outputs change when one layer alone is replaced."""
 
-    def __init__(self, dense: nn.Module, calibration: Calibration, layers: int, positions: Mapping[str, int]) -> None:
+    def __init__(self, dense: nn.Module, calibration: Calibration, layers: int) -> None:
         self.dense, self.calibration = dense, calibration
-        macs = sum(
-            count * dense.get_submodule(name).get_parameter("weight").numel() for name, count in positions.items()
-        )
-        examples = int(WORK / max(1, len(PROBES) * layers * macs)) if macs else 256
-        self.batches = _at_most(calibration.batches, max(8, examples))
+        examples = int(WORK / max(1, len(PROBES) * layers * calibration.macs))
+        self.batches = first_examples(calibration.batches, max(FEWEST, examples))
         self.wanted = outputs(dense, self.batches)
 
     def measure(self, name: str, subject: Subject) -> Sensitivity:
@@ -133,17 +131,6 @@ class _Probes:
             with torch.no_grad():
                 weight.copy_(kept)
         return Sensitivity.through(points)
-
-
-def _at_most(batches: Sequence[Inputs], examples: int) -> list[Inputs]:
-    found, count = [], 0
-    for each in batches:
-        cut = first_of(each, examples - count)
-        found.append(cut)
-        count += len(next(iter(cut.values())) if isinstance(cut, Mapping) else cut)
-        if count >= examples:
-            break
-    return found
 
 
 @dataclass(frozen=True)

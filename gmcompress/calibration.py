@@ -127,6 +127,26 @@ def first_of(inputs: Inputs, count: int) -> Inputs:
     return inputs[:count] if isinstance(inputs, Tensor) else [first_of(each, count) for each in inputs]
 
 
+def count_examples(inputs: Inputs) -> int:
+    """The examples in a batch."""
+    return next(len(each) for each in tree_flatten(inputs)[0] if isinstance(each, Tensor))
+
+
+def first_examples(batches: Iterable[Inputs], count: int) -> list[Inputs]:
+    """The first so many examples of several batches.
+
+    >>> [len(each) for each in first_examples([torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2)], 4)]
+    [3, 1]
+    """
+    found: list[Inputs] = []
+    for each in batches:
+        if count <= 0:
+            break
+        found.append(first_of(each, count))
+        count -= count_examples(found[-1])
+    return found
+
+
 def split_batch(inputs: Inputs, limit: int) -> list[Inputs]:
     """A batch in pieces of at most `limit` numbers of input, at least one example each."""
     tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import GMError
 from .factors import Metric, Tensors, start_factors
-from .fitting import refine
+from .fitting import OVERHEAD, refine
 from .groups import Group, quotients
 from .projection import project
 from .selection import Candidate
@@ -21,11 +21,11 @@ from .structure import Structure, expand
 SHARES = (0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.48, 0.64, 0.84)  # of the dense weight: sizes offered
 GRIDS = (4, 8, 16)  # blocks along each side of an adapted basis
 ANCHOR = 0.33  # the share at which the grids of a layer are compared
-STEPS = 8  # of the fit of every candidate; three times as many where the weight is small
+STEPS = 100  # of the fit of every candidate; three times as many where the weight is small
 SMALL = 1 << 14  # numbers of a weight up to which fits cost next to nothing
 EFFORT = 1e11  # multiply-adds for the table of one layer, above which adapted bases are fitted at two sizes only
 ANCHORS = (0.25, 0.6)  # these two
-ANCHOR_EFFORT = {True: 4e10, False: 3e9}  # multiply-adds of each of the two fits, with data and without
+ANCHOR_EFFORT = {True: 1.5e10, False: 3e9}  # multiply-adds of each of the two fits, with data and without
 TINY = 1e-30  # stands for a loss of zero in logarithms
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 
@@ -113,7 +113,7 @@ def _cost(subject: Subject) -> float:
     rank = min(subject.shape[0], prod(subject.shape[1:])) / 3
     product = 8 * subject.weight.numel() * rank
     product += 0 if subject.metric.inputs is None else subject.weight.numel() * prod(subject.shape[1:])
-    return product * STEPS * 15 * (len(SHARES) + len(GRIDS))
+    return (product + OVERHEAD) * STEPS * (len(SHARES) + 2 * len(GRIDS))
 
 
 def _low_ranks(subject: Subject) -> Iterator[Candidate]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sized
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .errors import GMError
 from .layers import GMConv2d
 
 DIGITS = "digits"
 DIGITS_SIZE = 32  # pixels a side, unless img_size says otherwise
+CALIBRATION_BATCH = 32  # images at most: the inputs of all layers are held at once
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("validation", "val", "valid", "eval", "evaluation", "test")
 BY_NAME = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")  # data sets that timm finds by name, in folders of their own
@@ -140,6 +141,44 @@ def make_loader(images: Images, model: nn.Module, *, training: bool = False) -> 
     return _loader(dataset, images, model, training=training)
 
 
+def make_calibration_loader(images: Images, model: nn.Module, *, samples: int, seed: int) -> DataLoader:
+    """At most `samples` training images, drawn by the seed and prepared as for validation; the same ones every time.
+
+    Labels are not meant to be read: the classes are not checked. A data set that is a stream gives its own first
+    images, shuffled as it shuffles for the seed, and its loader does not end after `samples`.
+
+    Raises:
+        GMError: as `make_loader`; or there are no training images apart from those for validation.
+
+    >>> len(make_calibration_loader(Images(dataset="digits"), nn.Conv2d(1, 8, 3), samples=100, seed=0).dataset)
+    100
+    """
+    quiet = replace(images, batch_size=min(images.batch_size, CALIBRATION_BATCH), no_aug=True)
+    if images.dataset == DIGITS:
+        loader = _digits_loader(quiet, model, training=True)
+    else:
+        _check_apart(images)
+        dataset = _dataset(quiet, model, training=True, seed=seed)
+        loader = _loader(dataset, quiet, model, training=False)
+    everything: Any = loader.dataset
+    if isinstance(everything, IterableDataset):
+        return loader
+    own = torch.Generator().manual_seed(seed)
+    chosen = Subset(everything, torch.randperm(len(everything), generator=own)[:samples].tolist())
+    options: dict[str, Any] = {"num_workers": loader.num_workers, "collate_fn": loader.collate_fn, "generator": own}
+    return DataLoader(chosen, batch_size=quiet.batch_size, **options)
+
+
+def _check_apart(images: Images) -> None:
+    """Refuse a training split that is, or may be, what a network is judged on."""
+    alone = not images.by_name and find_split(images.data_dir, images.train_split) == Path(images.data_dir or "")
+    if alone or images.train_split == images.val_split:
+        raise GMError(
+            f"{images.data_dir or images.dataset} has no training images apart from those for validation; it needs "
+            "both, such as train/ and validation/ or train.tar and validation.tar"
+        )
+
+
 def find_split(data_dir: str | None, split: str) -> Path:
     """The folder or tar that holds a split: `data_dir` itself, or what in it is named like the split.
 
@@ -180,8 +219,8 @@ def class_index(dataset: Any) -> Mapping[Any, int] | None:
     return None
 
 
-def _dataset(images: Images, model: nn.Module, *, training: bool, class_map: Any = None) -> Any:
-    """The data set of one split."""
+def _dataset(images: Images, model: nn.Module, *, training: bool, class_map: Any = None, seed: int = 42) -> Any:
+    """The data set of one split; the seed, by default timm's own, is that of a stream."""
     from timm.data import create_dataset
     from timm.data.readers.img_extensions import add_img_extensions, is_img_extension
 
@@ -189,7 +228,7 @@ def _dataset(images: Images, model: nn.Module, *, training: bool, class_map: Any
         add_img_extensions(".webp")
     split = images.train_split if training else images.val_split
     place = images.data_dir if images.by_name else str(find_split(images.data_dir, split))
-    options: dict[str, Any] = {"split": split, "search_split": False, "is_training": training}
+    options: dict[str, Any] = {"split": split, "search_split": False, "is_training": training, "seed": seed}
     options |= {"download": True} if images.dataset_download else {}
     if not images.dataset.lower().startswith("torch/"):
         options |= {"class_map": class_map or images.class_map, "batch_size": images.batch_size}

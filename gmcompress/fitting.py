@@ -1,14 +1,17 @@
-"""Fit a structured weight to a quadratic loss: Levenberg–Marquardt, each step by preconditioned conjugate gradients.
+"""Fit a structured weight to a quadratic loss: L-BFGS, preconditioned by the Gauss–Newton blocks of the factors.
 
 The loss of an error E = Ŵ − W is tr(G E S Eᵀ): S is the second moment of the layer's inputs, G that of the gradients at
-its outputs; without them it is the Frobenius norm. A factor part U_p diag(s_pq) V_qᵀ is stiff: alternating least
-squares crawls and first-order methods do not arrive. Gauss–Newton steps, with the exact blocks of the factors as
-preconditioner, arrive in a few dozen products with the weight.
+its outputs; without them it is the Frobenius norm. A factor part U_p diag(s_pq) V_qᵀ is stiff, with long flat valleys:
+alternating least squares crawls, first-order methods do not arrive, and Gauss–Newton steps pay for a linear solve each.
+The exact blocks of the Gauss–Newton matrix as the initial Hessian take the stiffness out, the memory of L-BFGS follows
+the valleys, and a step costs one product with the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +22,13 @@ from .factors import Form, InputMoments, Metric, Tensors
 from .linalg import cholesky
 from .structure import Structure, expand
 
-FORCING = 0.1  # an inner solve stops when the squared preconditioned residual has fallen by this much
-INNER = 30  # steps of conjugate gradients at most in one step of Levenberg–Marquardt
 COUPLED = 48  # rank up to which the preconditioner couples the scales of a block; above it their diagonal is enough
-RETRIES = 5  # larger dampings tried before the fit is taken as converged
+OVERHEAD = 2e7  # multiply-adds that could be done while a small product is set up
+MEMORY = 30  # steps that L-BFGS remembers
+REFRESH = 20  # steps after which the preconditioner is computed anew, and convergence is judged
+DAMPING = 0.1  # of the diagonal of the preconditioner's blocks, added to it
+SUFFICIENT = 1e-4  # of the decrease that the slope promises: what a step must bring (Armijo)
+RETRIES = 12  # shorter steps tried before the direction is given up
 
 
 class _Factors:
@@ -45,10 +51,6 @@ class _Factors:
 
     def value(self, x: Tensors) -> Tensor:  # (o, h, i, w)
         return (x["u"] @ self._right(x["s"], x["v"])).reshape(self.form.sizes)
-
-    def jvp(self, x: Tensors, d: Tensors) -> Tensor:  # (o, h, i, w)
-        moved = self._right(d["s"], x["v"]) + self._right(x["s"], d["v"])
-        return (d["u"] @ self._right(x["s"], x["v"]) + x["u"] @ moved).reshape(self.form.sizes)
 
     def vjp(self, x: Tensors, error: Tensor) -> Tensors:  # error (o, h, i, w)
         u, s, v = x["u"], x["s"], x["v"]
@@ -89,18 +91,6 @@ class _Blocks:
     by_v: Tensor  # (Q, r, r)
     moment: Tensor | None  # (Q, b, b)
     h: int
-
-    def diagonal(self) -> Tensors:
-        """The diagonals, each broadcasting against its tensor; of U apart as (P, 1, h, r)."""
-        by_u = _diagonal(self.by_u)
-        of_v = _diagonal(self.by_v)[:, None]
-        if self.moment is not None:
-            of_v = of_v * _diagonal(self.moment)[..., None]
-        return {
-            "u": by_u.reshape(len(by_u), 1, self.h, -1),
-            "s": self.by_s if self.by_s.dim() == 3 else _diagonal(self.by_s),
-            "v": of_v,
-        }
 
     def damped(self, damping: float) -> _Solver:
         """Their inverses, damping times their own diagonal added."""
@@ -210,72 +200,32 @@ class _Problem:
         return float((error * self.weigh(error)).sum())
 
     def product_cost(self) -> float:
-        """Multiply-adds of one product with JᵀMJ, about."""
+        """Multiply-adds of one product with JᵀMJ, about, and OVERHEAD."""
         numel, structure, metric = self.target.numel(), self.form.structure, self.metric
         moments = (0 if metric.inputs is None else metric.inputs.shape[-1]) + (
             0 if metric.outputs is None else metric.outputs.shape[-1]
         )
-        return float(numel * (6 * structure.lowrank + moments + 8))
-
-    def jvp(self, x: Tensors, d: Tensors) -> Tensor:
-        first, *rest = (part.jvp(x, d) for part in self.parts)
-        return sum(rest, first)
+        return float(numel * (6 * structure.lowrank + moments + 8)) + OVERHEAD
 
     def vjp(self, x: Tensors, error: Tensor) -> Tensors:
         return {name: each for part in self.parts for name, each in part.vjp(x, error).items()}
 
-    def steps(self, x: Tensors) -> _Steps:
-        """What every damping tried at x shares."""
-        gradient = self.vjp(x, self.weigh(self.error(x)))
-        blocks = self.factors.preconditioner(x) if self.factors else None
-        return _Steps(self, x, gradient, blocks, self.group.curvature(x) if self.group else {})
+    def slope(self, x: Tensors) -> tuple[float, Tensors]:
+        """The loss, and half of its gradient."""
+        error = self.error(x)
+        weighed = self.weigh(error)
+        return float((error * weighed).sum()), self.vjp(x, weighed)
 
+    def preconditioner(self, x: Tensors) -> Callable[[Tensors], Tensors]:
+        """The inverse of the damped Gauss–Newton blocks at x, as a function."""
+        solver = self.factors.preconditioner(x).damped(DAMPING) if self.factors else None
+        sizes = self.group.curvature(x) if self.group else {}
 
-@dataclass(frozen=True)
-class _Steps:
-    """The Gauss–Newton system (JᵀMJ + λD) d = −gradient at x, D its diagonal."""
-
-    problem: _Problem
-    x: Tensors
-    gradient: Tensors
-    blocks: _Blocks | None
-    scalars: Mapping[str, float]  # curvature of the group part
-
-    def solve(self, damping: float, inner: int) -> Tensors:
-        """The step for one damping λ, by conjugate gradients under the damped blocks."""
-        solver = self.blocks.damped(damping) if self.blocks else None
-        diagonal = self.blocks.diagonal() if self.blocks else {}
-
-        def precondition(r: Tensors) -> Tensors:
-            z = {name: r[name] / (size * (1 + damping)) for name, size in self.scalars.items()}
+        def solve(r: Tensors) -> Tensors:
+            z = {name: r[name] / size for name, size in sizes.items()}
             return z | solver(r) if solver else z
 
-        def apply(d: Tensors) -> Tensors:
-            found = self.problem.vjp(self.x, self.problem.weigh(self.problem.jvp(self.x, d)))
-            for name, size in self.scalars.items():
-                found[name] = found[name] + damping * size * d[name]
-            for name, each in diagonal.items():
-                apart = d[name] if name != "u" else d[name].reshape(len(d[name]), -1, *each.shape[2:])
-                found[name] = found[name] + damping * (each * apart).reshape(d[name].shape)
-            return found
-
-        residual = {name: -each for name, each in self.gradient.items()}
-        z = precondition(residual)
-        direction, found = z, {name: torch.zeros_like(each) for name, each in residual.items()}
-        size = first = _dot(residual, z)
-        for _ in range(inner):
-            if not size > FORCING * first or not first > 0:
-                break
-            moved = apply(direction)
-            curvature = _dot(direction, moved)
-            if not curvature > 0:
-                break
-            found = _add(found, direction, size / curvature)
-            residual = _add(residual, moved, -size / curvature)
-            z = precondition(residual)
-            before, size = size, _dot(residual, z)
-            direction = _add(z, direction, size / before)
-        return found
+        return solve
 
 
 def _dot(a: Tensors, b: Tensors) -> float:
@@ -283,7 +233,35 @@ def _dot(a: Tensors, b: Tensors) -> float:
 
 
 def _add(a: Tensors, b: Tensors, factor: float) -> Tensors:
-    return {name: each + factor * b[name] for name, each in a.items()}
+    return {name: torch.add(each, b[name], alpha=factor) for name, each in a.items()}
+
+
+class _Memory:
+    """The last steps and the changes of the gradient along them: the two-loop recursion of L-BFGS."""
+
+    def __init__(self) -> None:
+        self.pairs: deque[tuple[Tensors, Tensors, float]] = deque(maxlen=MEMORY)
+
+    def note(self, step: Tensors, change: Tensors) -> None:
+        """Remember a step, if the curvature along it is positive beyond rounding."""
+        curvature = _dot(step, change)
+        if curvature > 1e-10 * math.sqrt(_dot(step, step) * _dot(change, change)):
+            self.pairs.append((step, change, curvature))
+
+    def direction(self, gradient: Tensors, precondition: Callable[[Tensors], Tensors]) -> Tensors:
+        """Downhill, as far as the quadratic model says."""
+        rest, taken = gradient, []
+        for step, change, curvature in reversed(self.pairs):
+            taken.append(_dot(step, rest) / curvature)
+            rest = _add(rest, change, -taken[-1])
+        found = precondition(rest)
+        if self.pairs:
+            _, change, curvature = self.pairs[-1]
+            scale = curvature / max(_dot(change, precondition(change)), torch.finfo(torch.float32).tiny)
+            found = {name: scale * each for name, each in found.items()}
+        for (step, change, curvature), share in zip(self.pairs, reversed(taken), strict=True):
+            found = _add(found, step, share - _dot(change, found) / curvature)
+        return {name: -each for name, each in found.items()}
 
 
 def refine(
@@ -292,36 +270,59 @@ def refine(
     tensors: Mapping[str, Tensor],  # the start, as named and shaped by Structure.shapes
     *,
     metric: Metric | None = None,
-    iterations: int = 40,
+    iterations: int = 1000,
     tolerance: float = 1e-3,
     effort: float = 3e11,
 ) -> Tensors:
-    """The stored tensors after Levenberg–Marquardt steps from a start; the loss never grows.
+    """The stored tensors after steps of preconditioned L-BFGS from a start; the loss never grows.
 
-    Stops after `iterations` steps, when a step lowers the loss by less than `tolerance` × itself, when nothing is left
-    of it, or after about `effort` multiply-adds. The result is a local minimum. Works in the dtype of the weight.
+    Stops after `iterations` steps, when 20 steps together lower the loss by less than `tolerance` × itself, when
+    nothing is left of it, or after about `effort` multiply-adds. Works in the dtype of the weight.
 
-    Source: Levenberg 1944 and Marquardt 1963 for the damping; Golub and Pereyra 2003 on such separable problems.
+    Source: Liu and Nocedal 1989 for L-BFGS; Nocedal and Wright, Numerical Optimization, 2006, algorithms 3.1 and 7.4.
     """
-    problem = _Problem(weight, structure, metric or Metric())
-    x = problem.load(tensors)
-    loss, damping = problem.loss(x), 1e-2
+    problem, memory = _Problem(weight, structure, metric or Metric()), _Memory()
+    x = problem.balance(problem.load(tensors))
+    loss, gradient = problem.slope(x)
     floor = torch.finfo(weight.dtype).eps ** 2 * float((problem.target * problem.weigh(problem.target)).sum())
-    inner = max(4, min(INNER, int(effort / (4 * problem.product_cost()))))
-    for _ in range(iterations):
-        if loss <= floor or effort <= 0:
+    left, judged = effort / problem.product_cost(), math.inf
+    for number in range(iterations):
+        if loss <= floor or left <= 0:
             break
-        steps = problem.steps(x := problem.balance(x))
-        for _ in range(RETRIES):
-            effort -= inner / 2 * problem.product_cost()  # about half of the inner steps are taken
-            new = _add(x, steps.solve(damping, inner), 1.0)
-            lower = problem.loss(new)
-            if lower < loss:
+        if number % REFRESH == 0:
+            if loss > (1 - tolerance) * judged:
                 break
-            damping *= 8
+            judged, precondition = loss, problem.preconditioner(x)
+        direction = memory.direction(gradient, precondition)
+        if memory.pairs and not _dot(gradient, direction) < 0:
+            memory.pairs.clear()
+            direction = memory.direction(gradient, precondition)
+        length, lower, slope, tried = _search(problem, x, direction, loss, 2 * _dot(gradient, direction))
+        left -= tried
+        if slope is not None:
+            x, step = _add(x, direction, length), {name: length * each for name, each in direction.items()}
+            memory.note(step, _add(slope, gradient, -1.0))
+            loss, gradient = lower, slope
+        elif memory.pairs:
+            memory.pairs.clear()
         else:
             break
-        gain, x, loss, damping = 1 - lower / loss, new, lower, max(damping / 4, 1e-7)
-        if gain < tolerance:
-            break
     return problem.store(x)
+
+
+def _search(
+    problem: _Problem, x: Tensors, direction: Tensors, loss: float, slope: float
+) -> tuple[float, float, Tensors | None, int]:
+    """A step length that lowers the loss enough; with it the loss, half of the gradient, and the lengths tried.
+
+    The gradient is None where no length does.
+    """
+    length = 1.0
+    for tried in range(1, RETRIES + 1):
+        lower, gradient = problem.slope(_add(x, direction, length))
+        if lower <= loss + SUFFICIENT * length * slope and lower < loss:
+            return length, lower, gradient, tried
+        beyond = lower - loss - length * slope  # what the parabola through both points bends by
+        best = -slope * length**2 / (2 * beyond) if math.isfinite(beyond) and beyond > 0 else 0.0
+        length = min(max(best, 0.1 * length), 0.5 * length)
+    return 0.0, loss, None, RETRIES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -13,96 +13,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from . import metrics
-from .allocation import Table, allocate, tabulate
+from .allocation import allocate
 from .budgets import Given, parse_budget
-from .calibration import SAMPLES, first_of, take
+from .calibration import SAMPLES, take
 from .errors import GMError, nearest_names
-from .factors import Metric
-from .files import json_digest
 from .groups import Group
-from .groups import group as parse_group
+from .jobs import Job
 from .layers import GMLayer, counterpart
-from .metrics import count_macs, layer_positions, measure_together, stored_bytes
-from .notes import Notes, data_digest, model_digest
-from .planning import Override, Plan, Rule, Rules, choose, eligible
-from .projection import Fit, project, svd_error
-from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, reconstruct
+from .metrics import measure_together
+from .planning import Override, Plan, Rule, Rules, choose
+from .projection import Fit, svd_error
+from .reconstruction import Reconstruction
 from .reporting import Report, Result
-from .structure import Structure, check_weight, distance, expand
-from .surgery import Inputs, check_model, describe, duplicate, get_modules, replace, run, shell, trace
+from .structure import distance, expand
+from .surgery import Inputs, check_model, describe, get_modules, replace, run, shell, trace
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 DEFAULT_BUDGET = "50%"
-EFFORT = 5e10  # multiply-adds of the fit of one layer without data
-EXAMPLES = 8  # of the calibration data, on which latency is measured where no inputs are given
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One call of `compress` or `plan`: the model, and everything that is learnt about it on the way."""
-
-    model: nn.Module
-    group: str | Group
-    batches: list[Inputs]  # calibration data; empty without
-    inputs: Inputs | None
-    progress: Progress | None
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        group: str | Group,
-        inputs: Inputs | None,
-        data: Iterable[Any] | None,
-        samples: int,
-        progress: Progress | None,
-    ) -> _Job:
-        device = next((each.device for each in model.parameters()), None)
-        batches = [] if data is None else take(data, samples=samples, device=device)
-        if inputs is None and batches:
-            inputs = first_of(batches[0], EXAMPLES)
-        return cls(model, group, batches, inputs, progress)
-
-    def calibration(self, dense: nn.Module, names: Sequence[str]) -> Calibration | None:
-        """What the data says about the dense model; None without data."""
-        if not self.batches:
-            return None
-        examples = [first_of(each, 1) for each in self.batches]
-        for each in {describe(each): each for each in examples}.values():
-            run(dense, each)  # says what does not fit before any work is done
-        logits = any(site.role == "classifier" for site in trace(dense, self.inputs))
-        return calibrate(dense, self.batches, names, logits=logits, macs=count_macs(dense, examples[0])[0])
-
-    def notes(self, folder: str | Path | None, kind: str, rules: Mapping[str, Any]) -> Notes:
-        """Where what is done is kept, where a folder is given."""
-        if folder is None:
-            return Notes(None, {})
-        folder = Path(folder) / kind
-        key = {
-            "model": model_digest(self.model),
-            "data": data_digest([*self.batches, self.inputs]),
-            "group or rule": json_digest({"group": str(self.group), **{k: repr(v) for k, v in rules.items()}}),
-        }
-        return Notes(folder, key)
-
-    def table(self, rules: Mapping[str, Any], notes: Notes) -> Table:
-        """What every layer may become, and what that would cost."""
-        dense, sites = shell(self.model), trace(self.model, self.inputs)
-        bound = parse_group(self.group) if isinstance(self.group, str) else self.group
-        chosen = eligible(sites, **rules)
-        names = [site.name for site in chosen.free]
-        _check_weights(dense, names)
-        totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
-        positions = None
-        if self.inputs is not None:
-            positions = layer_positions(dense, self.inputs, [*names, *chosen.prescribed])
-            totals["macs"] = count_macs(dense, self.inputs)[0]
-        known = self.calibration(dense, names)
-        options: dict[str, Any] = {"positions": positions, "notes": notes, "progress": self.progress}
-        table = tabulate(private(dense), chosen.free, bound, calibration=known, **options)
-        itemsize = next(self.model.parameters()).element_size()
-        return Table(chosen, sites, table, str(bound), totals, positions, itemsize, known is not None)
 
 
 def make_plan(
@@ -119,6 +47,7 @@ def make_plan(
     exclude: Rules = (),
     overrides: Mapping[Rule, Override] | None = None,
     ties: Sequence[Rules] = (),
+    effort: float = 1.0,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -131,7 +60,7 @@ def make_plan(
     {'0': 'C8xC8+displacement:1'}
     """
     check_model(model)
-    job = _Job.of(model, group, inputs, data, samples, progress)
+    job = Job.of(model, group, inputs, data, samples, effort, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
     if rank is None:
         if residual != "displacement":
@@ -157,6 +86,7 @@ def sweep(
     exclude: Rules = (),
     overrides: Mapping[Rule, Override] | None = None,
     ties: Sequence[Rules] = (),
+    effort: float = 1.0,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[Plan]:
@@ -171,7 +101,7 @@ def sweep(
     """
     check_model(model)
     parsed = [parse_budget(each) for each in budgets]
-    job = _Job.of(model, group, inputs, data, samples, progress)
+    job = Job.of(model, group, inputs, data, samples, effort, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
     table = job.table(rules, job.notes(checkpoint, "table", rules))
     return [allocate(table, each) for each in parsed]
@@ -192,6 +122,7 @@ def compress(
     overrides: Mapping[Rule, Override] | None = None,
     ties: Sequence[Rules] = (),
     plan: Plan | None = None,
+    effort: float = 1.0,
     checkpoint: str | Path | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
@@ -228,12 +159,13 @@ def compress(
     if plan is None:
         rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
         wanted: dict[str, Any] = {"budget": budget, "rank": rank, "residual": residual}
-        wanted |= {"data": data, "samples": samples, "inputs": inputs, "checkpoint": checkpoint, "progress": progress}
+        wanted |= {"data": data, "samples": samples, "inputs": inputs, "effort": effort}
+        wanted |= {"checkpoint": checkpoint, "progress": progress}
         plan = make_plan(model, group, **wanted, **rules)
-    job = _Job.of(model, group, inputs, data, samples, progress)
+    job = Job.of(model, group, inputs, data, samples, effort, progress)
     dense = shell(model) if inplace else model
     expected = None if job.inputs is None else run(shell(model), job.inputs)
-    fits = _fits(job, plan, checkpoint)
+    fits = job.fits(plan, job.notes(checkpoint, "fits", {}))
     originals = get_modules(model, plan.layers)
     new_layers = {name: _layer(name, originals[name], fits) for name in plan.layers}
     rows = [_row(name, originals[name], fits.fits[name]) for name in plan.layers]
@@ -250,42 +182,6 @@ def compress(
         raise
     report = Report(model_name(model), plan, before, after, tuple(rows))
     return Result(small, plan, report, teacher=None if inplace else model, inputs=job.inputs)
-
-
-def _fits(job: _Job, plan: Plan, checkpoint: str | Path | None) -> Reconstruction:
-    """The fit of every layer of a plan: to the dense layers' outputs where there is data, else to their weights."""
-    structures = {name: Structure.parse(text) for name, text in plan.layers.items()}
-    dense = shell(job.model)
-    calibration = job.calibration(dense, list(structures))
-    if calibration is not None:
-        notes = job.notes(checkpoint, "fits", {})
-        return reconstruct(dense, private(dense), structures, calibration, notes=notes, progress=job.progress)
-    fits: dict[str, Fit] = {}
-    for name, structure in structures.items():
-        if job.progress is not None:
-            job.progress(name, len(fits), len(structures))
-        try:
-            weight = get_modules(job.model, [name])[name].get_parameter("weight").detach()
-            if plan.optimum is None:
-                fits[name] = project(weight, structure)
-            else:
-                fits[name] = best_fit(weight, check_weight(weight), structure, Metric(), effort=EFFORT)
-        except (GMError, AttributeError) as problem:
-            raise GMError(f"layer {name or '(the model itself)'!r}: {problem}") from None
-    return Reconstruction(fits, {}, {})
-
-
-def _check_weights(model: nn.Module, names: Sequence[str]) -> None:
-    for name in names:
-        try:
-            check_weight(model.get_submodule(name).get_parameter("weight"))
-        except GMError as problem:
-            raise GMError(f"layer {name or '(the model itself)'!r}: {problem}") from None
-
-
-def private(model: nn.Module) -> nn.Module:
-    """A copy with memory of its own, in evaluation mode."""
-    return duplicate(model, {}).eval()
 
 
 @torch.no_grad()

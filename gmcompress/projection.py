@@ -55,7 +55,7 @@ def project(
     structure: Structure | Group | str,
     *,
     metric: Metric | None = None,
-    iterations: int = 100,
+    iterations: int = 2000,
     effort: float = 3e11,
 ) -> Fit:
     """The nearest weight of the given structure, in the Frobenius norm or in that of a metric.
@@ -63,7 +63,7 @@ def project(
     Group part alone: the mean over orbits. With displacement rank r: the closed form, column means of the group
     diagonals F plus the truncated SVD of the row-centred F, exact. A low rank alone: the truncated SVD. Group part and
     low rank: exact projections on both sets alternate, so that the error never grows. Adapted bases, and everything
-    under a metric: Levenberg–Marquardt from these starts (`gmcompress.fitting.refine`), at most `iterations` steps; the
+    under a metric: L-BFGS from these starts (`gmcompress.fitting.refine`), at most `iterations` steps; the
     loss never grows, and the result is a local minimum, unless `effort` multiply-adds end the fit before.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Moments, collect, norms_after, output_moments
+from .calibration import Moments, collect, count_examples, first_examples, norms_after, output_moments
 from .candidates import Subject, plain_svd
 from .factors import Metric
 from .files import json_digest
@@ -18,8 +18,12 @@ from .projection import Fit, project, relative_error
 from .structure import Structure, expand
 from .surgery import Inputs
 
-PASSES = 2e13  # multiply-adds spent on running the model for the moments of its layers
-EFFORT = 3e11  # multiply-adds of the fit of one layer
+PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
+FEWEST = 4  # passes in any case
+EFFORT = 3e11  # multiply-adds of the fit of one layer, at most
+TOTAL = 1.5e12  # multiply-adds of the fits of all layers
+BACKWARD_PASSES = 1e12  # multiply-adds spent on the output moments, which need no more examples than that allows
+FEWEST_BACKWARD = 64  # examples in any case
 HELD = 1.5e9  # bytes of moments held at once
 OUTPUT_DAMPING = 0.3  # of the mean diagonal of the output moments, added to it: they are a rough model
 
@@ -31,7 +35,8 @@ class Calibration:
     """Data that runs through a model, and what is known of the model from it.
 
     `outputs` holds the damped moments of the gradients at the layers' outputs; `norms` names the BatchNorm that a layer
-    feeds directly; `passes` is how often the model may be run over all the batches.
+    feeds directly; `passes` is how often the model may be run over all the batches, `macs` the multiply-adds of one
+    example, `effort` those that the fit of one layer may take.
     """
 
     batches: Sequence[Inputs]
@@ -39,6 +44,8 @@ class Calibration:
     norms: Mapping[str, str]
     passes: int
     logits: bool
+    macs: int = 1
+    effort: float = EFFORT
 
     def absorbs(self, name: str, layer: nn.Module) -> bool:
         """Whether a bias or a BatchNorm takes up a shift of the layer's mean output."""
@@ -51,9 +58,9 @@ class Calibration:
         moments = moments.centred() if self.absorbs(name, layer) else moments
         return Metric(moments.gram(), self.outputs.get(name))
 
-    def chunks(self, model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    def chunks(self, model: nn.Module, names: Sequence[str], *, passes: int | None = None) -> list[list[str]]:
         """Consecutive layers whose moments are collected in one pass: as few as passes and memory allow."""
-        most = -(-len(names) // max(1, self.passes))
+        most = -(-len(names) // max(1, passes or self.passes))
         found: list[list[str]] = []
         held = 0.0
         for name in names:
@@ -68,22 +75,29 @@ class Calibration:
 
 
 def calibrate(
-    dense: nn.Module, batches: Sequence[Inputs], names: Sequence[str], *, logits: bool, macs: int, seed: int = 0
+    dense: nn.Module,
+    batches: Sequence[Inputs],
+    names: Sequence[str],
+    *,
+    logits: bool,
+    macs: int,
+    effort: float = 1.0,
+    seed: int = 0,
 ) -> Calibration:
-    """What is known before any layer is replaced; `macs` are the multiply-adds of one example."""
-    found = output_moments(dense, batches, names, logits=logits, seed=seed)
+    """What is known before any layer is replaced; `macs` are the multiply-adds of one example.
+
+    `effort` multiplies what is spent on passes and fits.
+    """
+    few = first_examples(batches, max(FEWEST_BACKWARD, int(BACKWARD_PASSES / max(1, 3 * macs))))
+    found = output_moments(dense, few, names, logits=logits, seed=seed)
     damped = {}
     for name, moment in found.items():
         eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         damped[name] = (moment + OUTPUT_DAMPING * eye) / (1 + OUTPUT_DAMPING)
-    examples = sum(_examples(each) for each in batches)
-    passes = max(4, int(PASSES / max(1, 2 * macs * examples)))
-    return Calibration(tuple(batches), damped, norms_after(dense, batches[0], names), passes, logits)
-
-
-def _examples(inputs: Inputs) -> int:
-    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
-    return len(first)
+    examples = sum(count_examples(each) for each in batches)
+    passes = max(FEWEST, int(effort * PASSES / max(1, macs * examples)))
+    each_fit = effort * min(EFFORT, TOTAL / max(1, len(names)))
+    return Calibration(tuple(batches), damped, norms_after(dense, batches[0], names), passes, logits, macs, each_fit)
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,7 @@ def reconstruct(
 
     The shift of the mean output that a fit leaves is taken out of the layer's bias or of the BatchNorm behind it.
     """
-    notes, kind = notes or Notes(None, {}), "fit-" + plan_digest(structures)
+    notes, kind = notes or Notes(None, {}), "fit-" + plan_digest(structures, calibration.effort)
     found = Reconstruction({}, {}, {})
     names = list(structures)
     while names and (kept := notes.read(kind, names[0])):
@@ -140,9 +154,9 @@ def reconstruct(
     return found
 
 
-def plan_digest(structures: Mapping[str, Structure]) -> str:
+def plan_digest(structures: Mapping[str, Structure], effort: float) -> str:
     """What tells the fits of one plan from those of another."""
-    return json_digest({name: str(each) for name, each in structures.items()})[:12]
+    return json_digest({"effort": effort, **{name: str(each) for name, each in structures.items()}})[:12]
 
 
 Mean = tuple[str, Tensor]  # a BatchNorm and its new running mean
@@ -185,7 +199,7 @@ def _fit(name: str, layer: nn.Module, structure: Structure, calibration: Calibra
     metric, wanted = calibration.metric(name, layer, moments), weight.double()
     if moments is not None:
         wanted = (moments.centred() if calibration.absorbs(name, layer) else moments).target(wanted)
-    return best_fit(weight, wanted, structure, metric)
+    return best_fit(weight, wanted, structure, metric, effort=calibration.effort)
 
 
 def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metric, *, effort: float = EFFORT) -> Fit:

@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path / "here"
 
 
-TRAINED = [*SMALL, "--checkpoint", "../dense.safetensors", "--group", "C4xC4"]
+TRAINED = [*SMALL, "--checkpoint", "../dense.safetensors", "--group", "C4xC4", "--rank", "1"]
 TRAIN = ["train", *TRAINED, "--epochs", "1", "--recalibrate", "never", "--output", "out"]
 
 
@@ -109,7 +109,8 @@ def test_train_has_a_flag_for_every_setting():
 
 
 def test_plan(place, capsys):
-    assert main(["plan", "--model", "test_resnet", "--group", "C4xC4", "--override", "layer4.*=none"]) == 0
+    literal = ["--group", "C4xC4", "--rank", "1"]
+    assert main(["plan", "--model", "test_resnet", *literal, "--override", "layer4.*=none"]) == 0
     printed = capsys.readouterr()
     assert "left dense by the override 'layer4.*'" in printed.out
     assert "layers compressed: " in printed.out
@@ -142,11 +143,11 @@ def test_compress_then_train_then_everything_that_reads_them(place, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["plan", "--model", "test_resnet"],
+        ["plan", "--model", "test_resnet", "--rank", "1"],
         ["compress", *TRAINED, "--output", "out"],
         TRAIN,
         ["validate", *SMALL, "--checkpoint", "../dense.safetensors"],
-        ["benchmark", "--model", "test_resnet", "--img-size", "16", "-b", "2", "--repeats", "2"],
+        ["benchmark", "--model", "test_resnet", "--rank", "1", "--img-size", "16", "-b", "2", "--repeats", "2"],
         ["groups"],
         ["groups", "D4xC2"],
         ["demo", "--smoke", "--output", "out"],
@@ -160,7 +161,7 @@ def test_json_is_all_that_is_printed(capsys, arguments):
 
 
 def test_what_is_meant_for_people_is_no_json(capsys):
-    assert main(["plan", "--model", "test_resnet"]) == 0
+    assert main(["plan", "--model", "test_resnet", "--rank", "1"]) == 0
     with pytest.raises(json.JSONDecodeError):
         assert_json(capsys.readouterr())
 
@@ -235,7 +236,7 @@ def test_a_file_sets_defaults_and_the_command_line_wins(place, capsys):
 
 
 def test_names_in_a_file_may_be_written_as_flags_are(place, capsys):
-    (place / "mine.yaml").write_text("model: test_resnet\nin-chans: 1\nlr: 1e-3\n")
+    (place / "mine.yaml").write_text("model: test_resnet\nin-chans: 1\nlr: 1e-3\nrank: 1\n")
     assert main(["plan", "-c", "mine.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sites"][0]["shape"][1] == 1
 
@@ -270,6 +271,9 @@ def with_nan(folder):
         (["--include", "nothing.*"], "the rule 'nothing.*' matches no layer; the nearest are"),
         (["--override", "layer9=C4"], "the rule 'layer9' matches no layer"),
         (["--override", "layer1"], "an override is PATTERN=VALUE"),
+        (["--budget", "25%"], "budget and rank do not go together"),
+        (["--ties", "layer1.*"], "they do not go with rank"),
+        (["--samples", "0"], "samples must be at least 1"),
         (["--data-dir", "nowhere", "--dataset", ""], "nowhere does not exist"),
         (["--dataset", ""], "there are no images"),
         (["--dataset", "numbers"], "dataset 'numbers' is unknown"),
@@ -312,7 +316,7 @@ def test_empty_data_folders(place, capsys):
 
 
 def test_inputs_that_the_network_does_not_take(place, capsys):
-    arguments = ["plan", "--model", "test_vit", "--img-size", "24"]
+    arguments = ["plan", "--model", "test_vit", "--rank", "1", "--img-size", "24"]
     assert_refused(arguments, "VisionTransformer does not run on inputs of shape (1, 3, 24, 24)", capsys, place)
 
 
@@ -353,7 +357,7 @@ def test_a_bad_file_of_settings(place, capsys, text, said):
         (["train", "--resume", "."], "holds no run to resume"),
         (["groups", "C4x"], "at position 3"),
         (["benchmark", "--model", "test_resnet", "--repeats", "1"], "at least 2 repeats, not 1"),
-        (["plan", "--model", "resnet18", "--group", "C7"], "no layer can be compressed with C7"),
+        (["plan", "--model", "resnet18", "--rank", "1", "--group", "C7"], "no layer can be compressed with C7"),
         (["demo", "--output", "/proc/nothing"], "cannot create /proc/nothing"),
         (["trian"], "invalid choice: 'trian'"),
     ],

@@ -11,7 +11,7 @@ from conftest import assert_close, must_fail
 from PIL import Image
 from torch import nn
 
-from gmcompress.data import Images, find_split, input_size, make_loader, make_loaders
+from gmcompress.data import Images, find_split, input_size, make_calibration_loader, make_loader, make_loaders
 from gmcompress.errors import GMError
 
 GREY, COLOUR = nn.Conv2d(1, 8, 3), nn.Conv2d(3, 8, 3)  # models of which only the number of channels matters
@@ -194,6 +194,77 @@ def test_input_size_is_the_models_unless_given():
     vit = timm.create_model("test_vit", in_chans=1)
     assert input_size(Images(), vit) == (1, 160, 160)
     assert input_size(Images(img_size=64), vit) == (1, 64, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For calibration
+
+
+def calibration(images, model, **options):
+    """The images of a calibration loader, in its order."""
+    return everything(make_calibration_loader(images, model, **{"samples": 4, "seed": 0} | options))
+
+
+def assert_all_among(found, known):
+    """Every image is one of these, and none comes twice."""
+    places = [[torch.equal(image, each) for each in known] for image in found]
+    assert all(map(any, places))
+    assert len({place.index(True) for place in places}) == len(found)
+
+
+def test_calibration_images_are_those_of_training_prepared_for_validation(place):
+    write_images(place / "train" / "more", ["fox"], value=140)
+    augmented = Images(data_dir=str(place), train_crop_mode="rrc", reprob=1.0, hflip=1.0, **PLAIN)
+    found = calibration(augmented, COLOUR, samples=100)[0]
+    wanted = everything(make_loader(Images(data_dir=str(place / "train"), **PLAIN), COLOUR))[0]
+    assert len(found) == len(wanted) == 8
+    assert found[:, 0, 0, 0].sort().values.tolist() == wanted[:, 0, 0, 0].sort().values.tolist()
+    must_fail(
+        assert_close, found, make_loader(augmented, COLOUR, training=True).dataset[0][0][None].expand(8, -1, -1, -1)
+    )
+
+
+def test_calibration_digits_are_training_digits_as_they_are():
+    train, validation = make_loaders(Images(dataset="digits", img_size=8, no_aug=True), GREY)
+    found = calibration(Images(dataset="digits", img_size=8), GREY, samples=40)[0]
+    assert len(found) == 40
+    assert_all_among(found, train.dataset.images)
+    must_fail(assert_all_among, found, validation.dataset.images)
+
+
+def assert_same_images(images, model, first, second):
+    assert torch.equal(calibration(images, model, **first)[0], calibration(images, model, **second)[0])
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_calibration_images_follow_the_seed_alone(place, digits):
+    images = Images(dataset="digits", img_size=8) if digits else Images(data_dir=str(place), **PLAIN)
+    model = GREY if digits else COLOUR
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert_same_images(images, model, {"seed": 1}, {"seed": 1})
+    assert torch.equal(torch.get_rng_state(), before)  # and leave torch's own stream alone
+    must_fail(assert_same_images, images, model, {"seed": 1}, {"seed": 2})
+
+
+def test_calibration_batches_are_of_moderate_size():
+    large = make_calibration_loader(Images(dataset="digits", batch_size=512), GREY, samples=100, seed=0)
+    small = make_calibration_loader(Images(dataset="digits", batch_size=3), GREY, samples=100, seed=0)
+    assert (large.batch_size, small.batch_size) == (32, 3)
+
+
+@pytest.mark.parametrize(
+    ("splits", "change", "said"),
+    [
+        ({"val": ["a"]}, {}, "holds val, but no train"),
+        ({"a": ["x"], "b": ["x"]}, {}, "no training images apart from those for validation"),
+        ({"train": ["a"], "val": ["a"]}, {"train_split": "val", "val_split": "val"}, "no training images apart"),
+    ],
+)
+def test_calibration_never_sees_what_is_judged_on(tmp_path, splits, change, said):
+    images = Images(**with_split(tmp_path, **splits), **PLAIN, **change)
+    with pytest.raises(GMError, match=said):
+        make_calibration_loader(images, COLOUR, samples=4, seed=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

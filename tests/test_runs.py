@@ -34,7 +34,7 @@ from gmcompress.runs import (
 )
 from gmcompress.runs.settings import write_yaml
 
-NETWORK = {"model": "test_resnet", "num_classes": 10, "in_chans": 1, "group": "C4xC4"}
+NETWORK = {"model": "test_resnet", "num_classes": 10, "in_chans": 1, "group": "C4xC4", "rank": 1}
 DIGITS = {"dataset": "digits", "img_size": 8, "epochs": 2, "seed": 1, "recalibrate": "never"}
 
 
@@ -146,8 +146,8 @@ def summary_of(folder):
 def test_train_writes_everything(settings, tmp_path):
     seen = []
     report = train_run(settings, tmp_path / "out", progress=lambda what, *_: seen.append(what))
-    names = {"args.yaml", "before.json", "checkpoint-0002", "model", "report.html", "report.json", "summary.csv"}
-    assert {each.name for each in (tmp_path / "out").iterdir()} == names
+    names = {"args.yaml", "before.json", "checkpoint-0002", "model", "report.html", "report.json", "start"}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == names | {"summary.csv"}
     trying = {"compressing", "validating the dense network", "trying learning rates"}
     assert trying | {"epoch 1 of 2", "epoch 2 of 2"} <= set(seen)
     assert set(report.accuracy) == {"dense", "compressed", "tuned"}
@@ -289,7 +289,7 @@ def interrupted(tmp_path_factory, checkpoint):
 
 def test_a_killed_run_was_in_the_middle(interrupted):
     names = {each.name for each in (interrupted / "killed").iterdir() if not each.name.startswith(".")}
-    assert names == {"args.yaml", "before.json", "checkpoint-0001", "summary.csv"}
+    assert names == {"args.yaml", "before.json", "checkpoint-0001", "start", "summary.csv"}
     assert len((interrupted / "killed" / "summary.csv").read_text().splitlines()) == 2
 
 
@@ -324,11 +324,14 @@ def test_a_run_that_is_over_can_be_resumed_to_the_same_end(settings, tmp_path):
 
 def test_a_resumed_run_keeps_its_settings(settings, tmp_path):
     write_yaml(tmp_path / "args.yaml", Settings.read(settings | {"lr": 0.01}))
-    with pytest.raises(GMError, match=r"was begun with lr=0\.01, not 0\.02"):
-        train_run({"lr": 0.02}, tmp_path, resume=True)
-    report = train_run({"lr": 0.01, "workers": 0}, tmp_path, resume=True)  # no checkpoint yet: from the start
+    with pytest.raises(GMError, match=r"was begun with group=C4xC4, not C8"):
+        train_run({"group": "C8"}, tmp_path, resume=True)
+    report = train_run({"lr": 0.02, "workers": 0}, tmp_path, resume=True)  # nothing is trained yet: lr may change
     assert len(report.history) == 2
+    assert report.settings["lr"] == 0.02
     assert yaml.safe_load((tmp_path / "args.yaml").read_text())["workers"] == 0
+    with pytest.raises(GMError, match=r"was begun with lr=0\.02, not 0\.03"):
+        train_run({"lr": 0.03}, tmp_path, resume=True)
 
 
 def test_nothing_to_resume(tmp_path):

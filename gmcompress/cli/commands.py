@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,9 @@ import torch
 from ..errors import GMError
 from ..reporting import Report
 from ..runs import (
+    BUDGETS,
     FAMILIES,
+    WEIGHTS_ALONE,
     Progress,
     benchmark_run,
     compress_run,
@@ -28,7 +30,9 @@ from ..runs import (
     plan_run,
     read_report,
     setting_kinds,
+    sweep_run,
     train_run,
+    typed,
     validate_run,
 )
 from ..tables import percent
@@ -76,14 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gmcompress: error:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("gmcompress: interrupted; a training goes on with: gmcompress train --resume FOLDER", file=sys.stderr)
+        again = "compress and train go on with --resume FOLDER, sweep --output with the same command"
+        print(f"gmcompress: interrupted; {again}", file=sys.stderr)
         return 130
     return 0
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and those of the commands."""
-    text = "Make a trained network smaller: group matrices plus residuals of low rank, fine-tuned and reported."
+    text = "Make a trained network smaller, to the size you name; fine-tune it and report what it cost."
     parser = Parser(
         prog="gmcompress", description=text, allow_abbrev=False, epilog="gmcompress COMMAND --help says more."
     )
@@ -124,26 +129,78 @@ def _reported(report: Report, folder: Path) -> Answer:
     """A report as JSON, and its main table for people."""
     data = {"folder": str(folder), "summary": report.summary, "report": json.loads(report.to_json())}
     saved = Table("", ["", "dense#", "compressed#", "kept#"], report.savings())
-    return data, [report.summary, saved, f"written to {folder}: model/, report.html, report.json"]
+    written = f"written to {folder}: model/, report.html, report.json"
+    return data, [report.summary, saved, *_decided(report), written]
 
 
-def _plan(given: Given, _progress: Progress) -> Answer:
-    plan = plan_run(_settings(given))
-    return plan.to_dict(), [str(plan)]
+def _decided(report: Report) -> list[str | Table]:
+    """What decided under a budget: the calibration, or the weights alone."""
+    return [report.settings["calibration"]] if "calibration" in report.settings else []
+
+
+def _plan(given: Given, progress: Progress) -> Answer:
+    plan = plan_run(_settings(given), progress=progress)
+    return plan.to_dict(), [str(plan), *_alone(plan.optimum)]
+
+
+def _alone(row: Mapping[str, Any] | None) -> list[str | Table]:
+    """The line that a plan deserves whose losses are those of the weights."""
+    return [WEIGHTS_ALONE] if row is not None and row["measure"] == "squared relative error" else []
+
+
+def _sweep(given: Given, progress: Progress) -> Answer:
+    budgets, folder = typed("budgets", tuple[str, ...], given.get("budgets", BUDGETS)), given.get("output")
+    measure = given.get("measure", False)
+    rows = sweep_run(_settings(given), budgets, folder, measure=measure, progress=progress)
+    return {"rows": rows}, _swept(rows, folder, measure=measure)
+
+
+def _swept(rows: Sequence[Mapping[str, Any]], folder: str | None, *, measure: bool) -> list[str | Table]:
+    """The table of a sweep, and what its columns mean."""
+    columns = ["budget", "parameters#", "kept#", "bytes#", "multiply-adds#", "loss#", "gap#"]
+    columns += ["top-1, %#", "whitened SVD#", "plain SVD#"] if measure else []
+    cells = []
+    for row in rows:
+        sizes = [f"{row['parameters']:,}", percent(row["parameters"], rows[0]["parameters"])]
+        sizes += [f"{row['bytes']:,}", f"{row['macs']:,}"]
+        losses = [f"{row['loss']:.3g}", percent(row["gap"], 1)] if "loss" in row else ["", ""]
+        measured = [row.get(name, "") for name in ("top1", "svd_whitened", "svd")] if measure else []
+        cells.append((row["budget"], *sizes, *losses, *map(_accuracy, measured)))
+    parts: list[str | Table] = [Table("", columns, cells)]
+    parts.append(f"loss: predicted {rows[1]['measure']}; gap: how far it may be above the least of any plan")
+    parts.append("multiply-adds: of the stored factors, for one image; the layers as they run today need more")
+    if measure:
+        parts.append(
+            "top-1: before any training; of SVD too, in low ranks of at most as many parameters, alike for all layers"
+        )
+    parts += _alone(rows[1])
+    if folder is not None:
+        parts.append(
+            f"plans written to {folder}; carry one out with: gmcompress compress --plan {rows[-1]['file']} ..."
+        )
+    return parts
+
+
+def _accuracy(value: float | str | None) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else value or "-"
 
 
 def _compress(given: Given, progress: Progress) -> Answer:
-    folder = _output(given)
-    return _reported(compress_run(_settings(given), folder, progress=progress), folder)
+    folder, resume = _place(given)
+    return _reported(compress_run(_settings(given), folder, resume=resume, progress=progress), folder)
 
 
 def _train(given: Given, progress: Progress) -> Answer:
+    folder, resume = _place(given)
+    return _reported(train_run(_settings(given), folder, resume=resume, progress=progress), folder)
+
+
+def _place(given: Given) -> tuple[Path, bool]:
+    """The folder of a run, and whether it goes on there."""
     resumed = given.get("resume")
     if resumed and (given.get("output") or given.get("experiment")):
         raise GMError("--resume FOLDER goes on in that folder, so --output and --experiment do not go with it")
-    folder = Path(resumed) if resumed else _output(given)
-    report = train_run(_settings(given), folder, resume=bool(resumed), progress=progress)
-    return _reported(report, folder)
+    return (Path(resumed), True) if resumed else (_output(given), False)
 
 
 def _validate(given: Given, progress: Progress) -> Answer:
@@ -177,7 +234,7 @@ def _benchmark(given: Given, progress: Progress) -> Answer:
 def _report(given: Given, _progress: Progress) -> Answer:
     report = read_report(given["folder"])
     if "html" not in given:
-        return json.loads(report.to_json()), [str(report)]
+        return json.loads(report.to_json()), [str(report), *_decided(report)]
     report.save(given["html"])
     return {"html": given["html"]}, [f"written to {given['html']}"]
 
@@ -205,7 +262,7 @@ def _groups(given: Given, _progress: Progress) -> Answer:
 def _demo(given: Given, progress: Progress) -> Answer:
     folder = Path(given.get("output") or "gmcompress-demo")
     report = demo_run(folder, smoke=given.get("smoke", False), seed=given.get("seed", 0), progress=progress)
-    data, (summary, _, written) = _reported(report, folder)
+    data, (summary, *_, written) = _reported(report, folder)
     sizes = {name: (report.before if name == "dense" else report.after).parameters for name in report.accuracy}
     rows = [
         (name, f"{sizes[name]:,}", percent(sizes[name], sizes["dense"]), f"{top1:.2f}")
@@ -219,6 +276,26 @@ CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "YAML file that sets d
 OUTPUT = (("--output",), {"metavar": "FOLDER", "help": "where to write (default: gmcompress-MODEL)"})
 EXPERIMENT = (("--experiment",), {"metavar": "NAME", "help": "a folder of this name inside --output"})
 RESUME = (("--resume",), {"metavar": "FOLDER", "help": "go on with the run in this folder, exactly where it stopped"})
+BUDGET_LIST = (
+    ("--budgets",),
+    {
+        "nargs": "+",
+        "metavar": "LIMIT",
+        "help": "one each: a share of the parameters, or limits such as params=100000,macs=50%% "
+        f"(default: {' '.join(BUDGETS).replace('%', '%%')})",
+    },
+)
+MEASURE = (
+    ("--measure",),
+    {"action": "store_true", "help": "carry out each plan; print its accuracy beside that of SVD of the same size"},
+)
+PLANS = (
+    ("--output",),
+    {
+        "metavar": "FOLDER",
+        "help": "keep the plans there, for --plan; the same command goes on where it was interrupted",
+    },
+)
 SIZE = {"img_size": flags.IMAGES["img_size"]}
 DENSE = {name: text for name, text in flags.NETWORK.items() if name != "compressed"}
 
@@ -236,37 +313,68 @@ COMMANDS = {
     ),
     "plan": Command(
         _plan,
-        "show what compress would do, layer by layer; no weights are needed",
-        {"network": DENSE, "compression": flags.COMPRESSION, "images": SIZE},
+        "show what compress would do, layer by layer; with --rank no weights are needed",
+        {
+            "network": DENSE,
+            "compression": flags.COMPRESSION,
+            "calibration": flags.CALIBRATION,
+            "images": flags.IMAGES | flags.TRAIN_SPLIT,
+            "machine": flags.MACHINE,
+        },
         (
-            "--model resnet50 --group C32xC32",
+            "--model resnet50 --pretrained --data-dir imagenet/ --budget 25%",
             "--model vit_base_patch16_224 --group C8xC8 --rank 2 --exclude 're:.*qkv'",
         ),
         (CONFIG,),
     ),
+    "sweep": Command(
+        _sweep,
+        "plan for several budgets at the price of one; with --measure, show the accuracy of each beside SVD",
+        {
+            "network": DENSE,
+            "compression": flags.RULES,
+            "calibration": flags.CALIBRATION,
+            "images": flags.IMAGES | flags.TRAIN_SPLIT,
+            "machine": flags.MACHINE,
+        },
+        (
+            "--model resnet50 --pretrained --data-dir imagenet/ --budgets 75% 50% 25% --output plans",
+            "--model resnet18 --checkpoint best.pth --data-dir DATA --budgets 50% params=1000000,macs=25% --measure",
+        ),
+        (CONFIG, BUDGET_LIST, MEASURE, PLANS),
+    ),
     "compress": Command(
         _compress,
         "compress a trained network without training it, and report",
-        {"network": DENSE, "compression": flags.COMPRESSION, "images": flags.IMAGES, "machine": flags.MACHINE},
+        {
+            "network": DENSE,
+            "compression": flags.COMPRESSION | flags.PLAN,
+            "calibration": flags.CALIBRATION,
+            "images": flags.IMAGES | flags.TRAIN_SPLIT,
+            "machine": flags.MACHINE,
+        },
         (
-            "--model resnet50 --pretrained --group C8xC8 --output small",
-            "--model resnet18 --checkpoint best.safetensors",
+            "--model resnet50 --pretrained --data-dir imagenet/ --budget 25% --output small",
+            "--model resnet50 --pretrained --data-dir imagenet/ --plan plans/plan_25%.json --output small",
+            "--model resnet18 --checkpoint best.safetensors --group C8xC8 --rank 1",
+            "--resume small",
         ),
-        (CONFIG, OUTPUT, EXPERIMENT),
+        (CONFIG, OUTPUT, EXPERIMENT, RESUME),
     ),
     "train": Command(
         _train,
         "compress a trained network, fine-tune it with the dense one as its teacher, and report",
         {
             "network": flags.NETWORK,
-            "compression": flags.COMPRESSION,
-            "images": flags.IMAGES,
+            "compression": flags.COMPRESSION | flags.PLAN,
+            "calibration": flags.CALIBRATION,
+            "images": flags.IMAGES | flags.TRAIN_SPLIT,
             "training images": flags.AUGMENTATION,
             "training": flags.TRAINING,
             "machine": flags.MACHINE,
         },
         (
-            "--model resnet50 --pretrained --data-dir imagenet/ --group C8xC8 --epochs 10 --output small",
+            "--model resnet50 --pretrained --data-dir imagenet/ --budget 25% --epochs 10 --output small",
             "--resume small",
         ),
         (CONFIG, OUTPUT, EXPERIMENT, RESUME),
@@ -283,11 +391,11 @@ COMMANDS = {
         "time a network dense, compressed and densified, in turns, at batch 1 and at a large batch",
         {
             "network": flags.NETWORK,
-            "compression": flags.COMPRESSION,
+            "compression": flags.COMPRESSION | flags.PLAN,
             "images": SIZE | {"batch_size": "images in the large batch"},
             "machine": {"device": flags.MACHINE["device"]},
         },
-        ("--model resnet50 --group C8xC8 -b 64", "--compressed small"),
+        ("--model resnet50 --group C8xC8 --rank 1 -b 64", "--compressed small"),
         (CONFIG, (("--repeats",), {"type": int, "metavar": "N", "help": "timed runs of each (default: 15)"})),
     ),
     "report": Command(

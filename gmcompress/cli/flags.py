@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin
 
 from ..errors import GMError, nearest_names
-from ..runs import read_yaml, setting_defaults, setting_kinds, typed
+from ..runs import WAYS, read_yaml, setting_defaults, setting_kinds, typed
 
 NETWORK = {
     "model": "a network that timm knows: resnet50, vit_base_patch16_224, hf-hub:..., local-dir:...",
@@ -21,13 +21,26 @@ NETWORK = {
     "in_chans": "channels of the images, where they are not the model's own",
     "model_kwargs": "further arguments of timm.create_model",
 }
-COMPRESSION = {
-    "group": "the largest symmetry allowed; a layer gets its largest quotient that fits (see: gmcompress groups)",
-    "rank": "rank of the residual beside the group matrix of every layer; 0 for none",
-    "residual": "kind of the residual",
+RULES = {
+    "group": "the largest symmetry allowed; a layer gets a quotient that fits, if any (see: gmcompress groups)",
     "include": "layers to compress although they are stem or classifier: globs, or re:PATTERN",
     "exclude": "layers to leave dense",
-    "override": "another group or structure for some layers, or none to leave them dense; the first match wins",
+    "override": "a group or structure for some layers, or none to leave them dense; the first match wins",
+    "ties": "layers of one block that get the same structure under a budget, such as re:.*[.](q|k|v)",
+}
+COMPRESSION = {
+    "budget": "size of the result: a share of the parameters such as 25%, or limits such as params=100000 bytes=25% "
+    "macs=50%; each layer gets the structure that loses least (default: 50%)",
+    "rank": "in place of a budget, the same for every layer: group matrices with a residual of this rank; 0 for none",
+    "residual": "kind of that residual (default: displacement)",
+    **RULES,
+}
+PLAN = {"plan": "carry out the plan in this file, of plan --json or sweep --output, in place of a budget"}
+CALIBRATION = {
+    "calibrate": "under a budget, measure on training images what each layer's errors cost, and fit the layers to them "
+    "(default: where images are given)",
+    "samples": "training images at most to calibrate on",
+    "effort": "work on choosing and fitting under a budget, as a multiple of the usual; 0.1 is a quick look",
 }
 IMAGES = {
     "data_dir": "folder of class folders, or a tar of them; splits inside it as train/ and validation/, or .tar",
@@ -45,8 +58,8 @@ IMAGES = {
     "crop_mode": "how the centre of a resized image is taken",
     "interpolation": "how images are resized: bilinear, bicubic",
 }
+TRAIN_SPLIT = {"train_split": "name of the split to train and to calibrate on"}
 AUGMENTATION = {
-    "train_split": "name of the split to train on",
     "no_aug": "no augmentation at all",
     "train_crop_mode": "random crops: rrc takes any part, rkrc and rkrr most of the image",
     "scale": "smallest and largest share of the image that a crop takes",
@@ -98,14 +111,17 @@ CHOICES = {
     "crop_mode": ("center", "squash", "border"),
     "remode": ("const", "rand", "pixel"),
 }
-UNDONE = ("pretrained", "model_ema", "amp")  # also as --no-..., against a file of defaults
+UNDONE = ("pretrained", "calibrate", "model_ema", "amp")  # also as --no-..., against a file of defaults
 METAVARS = {
+    "budget": "LIMIT",
     "group": "GROUP",
     "model_kwargs": "KEY=VALUE",
     "override": "PATTERN=VALUE",
     "blocks": "LAYER",
     "include": "PATTERN",
     "exclude": "PATTERN",
+    "ties": "PATTERN",
+    "plan": "FILE",
     "checkpoint": "FILE",
     "class_map": "FILE",
     "compressed": "FOLDER",
@@ -180,7 +196,16 @@ def parse(parser: Parser, commands: Mapping[str, Parser], argv: Sequence[str] | 
             flags = {"--" + each.replace("_", "-") for each in known}
             near = nearest_names("--" + name.replace("_", "-"), flags)
             raise GMError(f"{file}: there is no flag for {name!r}; the nearest are {near}")
-    return config | given
+    return _not_overruled(config, given) | given
+
+
+def _not_overruled(config: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's values, without its ways to choose the structures where the command line has one of its own."""
+    if not any(way in given for way in WAYS):
+        return config
+    belonging = {"budget": ["ties"], "rank": ["residual"]}
+    void = {name for way in WAYS if way not in given for name in (way, *belonging.get(way, []))}
+    return {name: value for name, value in config.items() if name not in void}
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:

@@ -1,13 +1,18 @@
-"""What the commands do, as functions of plain settings: plan, compress, train, validate, benchmark, demo."""
+"""What the commands do, as functions of plain settings: plan, sweep, compress, train, validate, benchmark, demo."""
 
+from .compressing import WEIGHTS_ALONE, compress_run, read_report
 from .demo import demo_run
-from .measuring import FAMILIES, benchmark_run, group_facts, plan_run, read_report, validate_run
+from .measuring import FAMILIES, benchmark_run, group_facts, plan_run, validate_run
 from .networks import Accuracy, Progress, accuracy, is_main, silent
-from .settings import Settings, read_yaml, setting_defaults, setting_kinds, typed
-from .training import compress_run, train_run
+from .settings import WAYS, Settings, read_yaml, setting_defaults, setting_kinds, typed
+from .sweeping import BUDGETS, sweep_run
+from .training import train_run
 
 __all__ = [
+    "BUDGETS",
     "FAMILIES",
+    "WAYS",
+    "WEIGHTS_ALONE",
     "Accuracy",
     "Progress",
     "Settings",
@@ -23,6 +28,7 @@ __all__ = [
     "setting_defaults",
     "setting_kinds",
     "silent",
+    "sweep_run",
     "train_run",
     "typed",
     "validate_run",

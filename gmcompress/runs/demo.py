@@ -12,9 +12,11 @@ from ..pipeline import compress, tuned_result
 from ..reporting import Report, Result
 from ..tuning import Progress as TrainingProgress
 from ..tuning import Recipe, fine_tune
+from .compressing import shown_settings, write_model, write_reports
+from .folders import make_folder
 from .networks import Progress, accuracy, build, example_inputs, find_device, silent
 from .settings import Settings
-from .training import make_folder, shown_settings, with_ranks, write_results
+from .training import with_ranks
 
 DEMO = {
     "model": "resnet18",
@@ -22,6 +24,7 @@ DEMO = {
     "num_classes": 10,
     "in_chans": 1,
     "dataset": "digits",
+    "rank": 1,
     "batch_size": 64,
     "epochs": 8,
     "lr": 0.05,
@@ -49,7 +52,8 @@ def demo_run(folder: str | Path, *, smoke: bool = False, seed: int = 0, progress
         result = _demonstrate(settings, DENSE_EPOCHS if not smoke else 1, progress)
     finally:
         torch.set_num_threads(threads)
-    write_results(result, place, settings)
+    write_model(result, place, settings)
+    write_reports(result.report, place)
     return result.report
 
 

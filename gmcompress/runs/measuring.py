@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,10 +11,13 @@ from ..data import make_loader
 from ..errors import GMError
 from ..groups import Group, normal_subgroups, quotients
 from ..groups import group as parse_group
+from ..layers import counterpart
 from ..metrics import Metrics, measure_together
-from ..pipeline import compress, densify, make_plan, model_name
+from ..pipeline import densify, model_name
 from ..planning import Plan
-from ..reporting import Report
+from ..surgery import get_modules
+from ..surgery import replace as exchange
+from .compressing import planned
 from .networks import (
     Accuracy,
     Progress,
@@ -44,18 +46,31 @@ FAMILIES = {
 }
 
 
-def plan_run(settings: Mapping[str, Any]) -> Plan:
-    """What `compress` would do, for a network whose weights are not needed.
+def plan_run(settings: Mapping[str, Any], *, progress: Progress = silent) -> Plan:
+    """What `compress` would do. Under a budget the trained weights decide, calibrated on training images, where given.
+
+    With a rank, which is the same for every layer, neither weights nor images are needed.
 
     Raises:
-        GMError: as `compress`.
+        GMError: a budget without trained weights; else as `compress`.
 
-    >>> plan_run({"model": "test_resnet", "group": "C4xC4", "img_size": 32}).layers["layer4.0.conv1"]
+    >>> plan_run({"model": "test_resnet", "group": "C4xC4", "rank": 1, "img_size": 32}).layers["layer4.0.conv1"]
     'C4xC4+displacement:1'
     """
     chosen = Settings.read(settings)
-    model = build(chosen, trained=False)
-    return make_plan(model, inputs=example_inputs(chosen.images, model), **chosen.compression())
+    model = _build_for_plan(chosen)
+    return planned(chosen, model, progress=progress)[0]
+
+
+def _build_for_plan(settings: Settings) -> nn.Module:
+    """The dense network, trained where a budget is to be spent on it."""
+    trained = settings.rank is None and settings.plan is None
+    if trained and settings.model and not (settings.pretrained or settings.checkpoint):
+        raise GMError(
+            "a budget is spent where the trained weights need it: give pretrained, or their file as checkpoint; only "
+            "with rank, which is the same for every layer, no weights are needed"
+        )
+    return build(settings, trained=trained).to(find_device(settings.device))
 
 
 def validate_run(settings: Mapping[str, Any], *, progress: Progress = silent) -> tuple[str, nn.Module, Accuracy]:
@@ -80,7 +95,7 @@ def benchmark_run(
 
     One row per batch size and network: `batch`, `network`, and the fields of `Metrics`; `ratio` is latency over that of
     the dense network, and compares only within one batch size. Images and weights are random, since speed does not
-    depend on them.
+    depend on them; but a budget is planned with the trained weights.
 
     Raises:
         GMError: the network cannot be built or compressed, or there are fewer than 2 repeats.
@@ -94,8 +109,10 @@ def benchmark_run(
         small = load_compressed(chosen).to(device)
         dense = build(chosen, trained=False).to(device) if chosen.model else densify(small)
     else:
-        dense = build(chosen, trained=False).to(device)
-        small = compress(dense, **chosen.compression()).model
+        dense = _build_for_plan(chosen)
+        plan, _ = planned(chosen, dense, progress=progress)
+        layers = get_modules(dense, plan.layers)
+        small = exchange(dense, {name: counterpart(layers[name], text) for name, text in plan.layers.items()})
     networks = {"dense": dense, "compressed": small, "densified": densify(small)}
     rows: list[dict[str, Any]] = []
     for done, batch in enumerate(batch_sizes):
@@ -143,20 +160,3 @@ def group_facts(text: str | Group) -> dict[str, Any]:
         "normal_subgroups": normal,
         "quotients": [str(each) for each in quotients(found)],
     }
-
-
-def read_report(folder: str | Path) -> Report:
-    """The report in the output of a run, or of a report.json itself.
-
-    Raises:
-        GMError: there is none, or it is no report.
-    """
-    place = Path(folder)
-    candidates = [place, place / "report.json", place.parent / "report.json"]
-    path = next((each for each in candidates if each.is_file() and each.suffix == ".json"), None)
-    if path is None:
-        raise GMError(f"{folder} holds no report: there is no {place / 'report.json'}")
-    try:
-        return Report.from_json(path.read_text(encoding="utf-8"))
-    except (GMError, UnicodeDecodeError) as problem:
-        raise GMError(f"{path}: {problem}") from None

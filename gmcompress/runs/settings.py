@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..budgets import Budget, parse_budget
+from ..calibration import SAMPLES
 from ..data import Images
 from ..errors import GMError, nearest_names
 from ..files import write_text
@@ -19,6 +21,7 @@ from ..tuning import Recipe
 AMP = {"bfloat16": "bf16", "float16": "fp16"}
 EPOCHS = 10  # where neither epochs nor minutes are given
 RECALIBRATE: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
+WAYS = ("budget", "rank", "plan", "compressed")  # to choose the structures; one of them at a time
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,17 @@ class Settings:
     model_kwargs: tuple[str, ...] = ()  # KEY=VALUE
 
     group: str = "C32xC32"
-    rank: int = 1
-    residual: str = "displacement"
+    budget: tuple[str, ...] = ()  # SHARE, or KIND=LIMIT; without it, rank or plan half of the parameters
+    rank: int | None = None
+    residual: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()  # PATTERN=VALUE
+    ties: tuple[str, ...] = ()
+    plan: str | None = None
+    calibrate: bool = True
+    samples: int = SAMPLES
+    effort: float = 1.0
 
     epochs: int | None = None
     minutes: float | None = Recipe.minutes
@@ -77,6 +86,31 @@ class Settings:
         for key, known in (("amp_dtype", AMP), ("recalibrate", RECALIBRATE)):
             if getattr(self, key) not in known:
                 raise GMError(f"{key} is {' or '.join(known)}, not {getattr(self, key)!r}")
+        if self.samples < 1:
+            raise GMError(f"samples must be at least 1, not {self.samples}")
+        self._check_way()
+
+    def _check_way(self) -> None:
+        """Refuse settings of several ways to choose the structures."""
+        given = [name for name in WAYS if getattr(self, name) not in (None, ())]
+        if len(given) > 1:
+            raise GMError(
+                f"{given[0]} and {given[1]} do not go together: a budget chooses a structure for each layer, rank is "
+                "the same for every layer, a plan names the structures, and a compressed network has them"
+            )
+        if self.residual is not None and self.rank is None:
+            raise GMError("residual is the kind of the residual of every layer alike; it goes with rank")
+        if self.ties and given and given != ["budget"]:
+            raise GMError(f"ties bind what a budget chooses; they do not go with {given[0]}")
+        rules = [name for name in ("include", "exclude", "override") if getattr(self, name)]
+        if self.plan is not None and rules:
+            raise GMError(f"a plan names the structures of all layers, so {rules[0]} does not go with it")
+        read_budget(self.budget)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether images are given."""
+        return bool(self.images.data_dir or self.images.dataset)
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Settings:
@@ -120,10 +154,10 @@ class Settings:
             amp=amp,
         )
 
-    def compression(self) -> dict[str, Any]:
-        """The arguments of `compress`.
+    def rules(self) -> dict[str, Any]:
+        """The arguments of `compress` that say which layers, and with which symmetry at most.
 
-        >>> Settings(override=("layer3.*=C4", "fc=none")).compression()["overrides"]
+        >>> Settings(override=("layer3.*=C4", "fc=none")).rules()["overrides"]
         {'layer3.*': 'C4', 'fc': None}
         """
         overrides: dict[str, Override] = {}
@@ -132,8 +166,51 @@ class Settings:
             if not found or not pattern or not value or pattern in overrides:
                 raise GMError(f"an override is PATTERN=VALUE, each pattern once, not {each!r}")
             overrides[pattern] = None if value.lower() == "none" else value
-        names = ("group", "rank", "residual", "include", "exclude")
+        names = ("group", "include", "exclude", "ties")
         return {name: getattr(self, name) for name in names} | {"overrides": overrides}
+
+    def compression(self) -> dict[str, Any]:
+        """The arguments of `compress` without data: those of `rules`, and a budget or a rank.
+
+        >>> Settings(rank=2).compression()["residual"]
+        'displacement'
+        """
+        if self.rank is None:
+            return self.rules() | {"budget": read_budget(self.budget)}
+        return self.rules() | {"rank": self.rank, "residual": self.residual or "displacement"}
+
+
+_NAMES = [each.name for each in fields(Settings)]
+RECIPE = tuple(_NAMES[_NAMES.index("epochs") : _NAMES.index("device")])  # the settings of training
+
+
+def read_budget(texts: Sequence[str]) -> tuple[Budget, ...] | None:
+    """What all of these limits say together; None where there are none.
+
+    Raises:
+        GMError: one of them is neither a share of the parameters nor KIND=LIMIT, or a kind is limited twice.
+
+    >>> [str(each) for each in read_budget(["params=100000", "macs=50%"])]
+    ['at most 100,000 parameters', '50 % of the multiply-adds']
+    """
+    found: dict[str, str | float] = {}
+    for each in texts:
+        kind, sign, limit = each.rpartition("=")
+        if (kind or "params") in found:
+            raise GMError(f"a budget limits each kind once, but {each!r} is the second for {kind or 'params'}")
+        found[kind if sign else "params"] = limit if "%" in limit else _number(limit, each)
+        if not sign and "%" not in each and not 0 < float(each) < 1:
+            raise GMError(f"{each} of what? write params={each}, or a share of the parameters such as 25%")
+    return parse_budget(found) if found else None
+
+
+def _number(text: str, whole: str) -> float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise GMError(f"a budget is a share such as 25%, or limits such as params=100000 bytes=25% macs=50%, not {whole!r}")
 
 
 def setting_kinds() -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""One call of compress or plan: the model, its data, and everything that is learnt about it on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .allocation import Table, tabulate
+from .calibration import first_of, take
+from .errors import GMError
+from .factors import Metric
+from .files import json_digest
+from .groups import Group
+from .groups import group as parse_group
+from .metrics import count_macs, layer_positions, stored_bytes
+from .notes import Notes, data_digest, model_digest
+from .planning import Plan, eligible
+from .projection import Fit, project
+from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, reconstruct
+from .structure import Structure, check_weight
+from .surgery import Inputs, describe, duplicate, get_modules, run, shell, trace
+
+Progress = Callable[[str, int, int], None]  # layer, done, of
+EFFORT = 5e10  # multiply-adds of the fit of one layer without data, at most
+EXAMPLES = 8  # of the calibration data, on which latency is measured where no inputs are given
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a call was given: `batches` of calibration data, none without, and a multiple of the usual `effort`."""
+
+    model: nn.Module
+    group: str | Group
+    batches: list[Inputs]
+    inputs: Inputs | None
+    effort: float
+    progress: Progress | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        group: str | Group,
+        inputs: Inputs | None,
+        data: Iterable[Any] | None,
+        samples: int,
+        effort: float,
+        progress: Progress | None,
+    ) -> Job:
+        """The job, its data read.
+
+        Raises:
+            GMError: the data is empty or of another kind, or the effort is not a positive number.
+        """
+        if not (isinstance(effort, int | float) and 0 < effort < math.inf):
+            raise GMError(f"effort is a positive multiple of the usual one, not {effort!r}")
+        device = next((each.device for each in model.parameters()), None)
+        batches = [] if data is None else take(data, samples=samples, device=device)
+        if inputs is None and batches:
+            inputs = first_of(batches[0], EXAMPLES)
+        return cls(model, group, batches, inputs, float(effort), progress)
+
+    def calibration(self, dense: nn.Module, names: Sequence[str]) -> Calibration | None:
+        """What the data says about the dense model; None without data."""
+        if not self.batches:
+            return None
+        examples = [first_of(each, 1) for each in self.batches]
+        for each in {describe(each): each for each in examples}.values():
+            run(dense, each)  # says what does not fit before any work is done
+        logits = any(site.role == "classifier" for site in trace(dense, self.inputs))
+        macs = count_macs(dense, examples[0])[0]
+        return calibrate(dense, self.batches, names, logits=logits, macs=macs, effort=self.effort)
+
+    def notes(self, folder: str | Path | None, kind: str, rules: Mapping[str, Any]) -> Notes:
+        """Where what is done is kept, where a folder is given."""
+        if folder is None:
+            return Notes(None, {})
+        folder = Path(folder) / kind
+        key = {
+            "model": model_digest(self.model),
+            "data": data_digest([*self.batches, self.inputs]),
+            "group or rule": json_digest({"group": str(self.group), **{k: repr(v) for k, v in rules.items()}}),
+        }
+        return Notes(folder, key)
+
+    def table(self, rules: Mapping[str, Any], notes: Notes) -> Table:
+        """What every layer may become, and what that would cost."""
+        dense, sites = shell(self.model), trace(self.model, self.inputs)
+        bound = parse_group(self.group) if isinstance(self.group, str) else self.group
+        chosen = eligible(sites, **rules)
+        names = [site.name for site in chosen.free]
+        for name in names:
+            with _naming(name):
+                check_weight(dense.get_submodule(name).get_parameter("weight"))
+        totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
+        positions = None
+        if self.inputs is not None:
+            positions = layer_positions(dense, self.inputs, [*names, *chosen.prescribed])
+            totals["macs"] = count_macs(dense, self.inputs)[0]
+        known = self.calibration(dense, names)
+        options: dict[str, Any] = {"positions": positions, "notes": notes, "progress": self.progress}
+        table = tabulate(private(dense), chosen.free, bound, calibration=known, **options)
+        itemsize = next(self.model.parameters()).element_size()
+        return Table(chosen, sites, table, str(bound), totals, positions, itemsize, known is not None)
+
+    def fits(self, plan: Plan, notes: Notes) -> Reconstruction:
+        """The fit of every layer of a plan: to the dense layers' outputs where there is data, else to their weights."""
+        structures = {name: Structure.parse(text) for name, text in plan.layers.items()}
+        dense = shell(self.model)
+        calibration = self.calibration(dense, list(structures))
+        if calibration is not None:
+            return reconstruct(dense, private(dense), structures, calibration, notes=notes, progress=self.progress)
+        fits: dict[str, Fit] = {}
+        for name, structure in structures.items():
+            if self.progress is not None:
+                self.progress(name, len(fits), len(structures))
+            with _naming(name):
+                weight = get_modules(self.model, [name])[name].get_parameter("weight").detach()
+                if plan.optimum is None:
+                    fits[name] = project(weight, structure)
+                else:
+                    effort = EFFORT * self.effort
+                    fits[name] = best_fit(weight, check_weight(weight), structure, Metric(), effort=effort)
+        return Reconstruction(fits, {}, {})
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """What goes wrong inside is told with the name of the layer.
+
+    Raises:
+        GMError: in place of one without the name, or of an AttributeError.
+    """
+    try:
+        yield
+    except (GMError, AttributeError) as problem:
+        raise GMError(f"layer {layer or '(the model itself)'!r}: {problem}") from None
+
+
+def private(model: nn.Module) -> nn.Module:
+    """A copy with memory of its own, in evaluation mode."""
+    return duplicate(model, {}).eval()
