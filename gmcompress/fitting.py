@@ -10,7 +10,6 @@ the valleys, and a step costs one product with the weight.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -24,7 +23,8 @@ from .structure import Structure, expand
 
 COUPLED = 48  # rank up to which the preconditioner couples the scales of a block; above it their diagonal is enough
 OVERHEAD = 2e7  # multiply-adds that could be done while a small product is set up
-MEMORY = 30  # steps that L-BFGS remembers
+MEMORY, LEAST_MEMORY = 30, 5  # steps that L-BFGS remembers, fewer where they are more numbers than the next line says
+MEMORY_NUMBERS = 50_000_000
 REFRESH = 20  # steps after which the preconditioner is computed anew, and convergence is judged
 DAMPING = 0.1  # of the diagonal of the preconditioner's blocks, added to it
 SUFFICIENT = 1e-4  # of the decrease that the slope promises: what a step must bring (Armijo)
@@ -210,12 +210,6 @@ class _Problem:
     def vjp(self, x: Tensors, error: Tensor) -> Tensors:
         return {name: each for part in self.parts for name, each in part.vjp(x, error).items()}
 
-    def slope(self, x: Tensors) -> tuple[float, Tensors]:
-        """The loss, and half of its gradient."""
-        error = self.error(x)
-        weighed = self.weigh(error)
-        return float((error * weighed).sum()), self.vjp(x, weighed)
-
     def preconditioner(self, x: Tensors) -> Callable[[Tensors], Tensors]:
         """The inverse of the damped Gauss–Newton blocks at x, as a function."""
         solver = self.factors.preconditioner(x).damped(DAMPING) if self.factors else None
@@ -228,40 +222,78 @@ class _Problem:
         return solve
 
 
-def _dot(a: Tensors, b: Tensors) -> float:
-    return float(sum((each * b[name]).sum() for name, each in a.items()))
+class _Flat:
+    """The same problem as a function of one vector, which holds all tensors one after another."""
 
+    def __init__(self, problem: _Problem, start: Tensors) -> None:
+        self.problem, self.shapes = problem, {name: each.shape for name, each in start.items()}
+        self.sizes = [each.numel() for each in start.values()]
 
-def _add(a: Tensors, b: Tensors, factor: float) -> Tensors:
-    return {name: torch.add(each, b[name], alpha=factor) for name, each in a.items()}
+    def join(self, x: Tensors) -> Tensor:  # -> (n,)
+        return torch.cat([x[name].reshape(-1) for name in self.shapes])
+
+    def apart(self, vector: Tensor) -> Tensors:
+        pieces = vector.split(self.sizes)
+        return {name: each.view(shape) for (name, shape), each in zip(self.shapes.items(), pieces, strict=True)}
+
+    def slope(self, vector: Tensor) -> tuple[float, Tensor]:
+        """The loss, and half of its gradient."""
+        x = self.apart(vector)
+        error = self.problem.error(x)
+        weighed = self.problem.weigh(error)
+        return float((error * weighed).sum()), self.join(self.problem.vjp(x, weighed))
+
+    def preconditioner(self, vector: Tensor) -> Callable[[Tensor], Tensor]:
+        solve = self.problem.preconditioner(self.apart(vector))
+        return lambda r: self.join(solve(self.apart(r)))
 
 
 class _Memory:
-    """The last steps and the changes of the gradient along them: the two-loop recursion of L-BFGS."""
+    """The last steps s and the changes y of the gradient along them, as rows, and the products s_i·y_j.
 
-    def __init__(self) -> None:
-        self.pairs: deque[tuple[Tensors, Tensors, float]] = deque(maxlen=MEMORY)
+    The two loops of L-BFGS are two triangular systems in these products, so that a direction takes four products with
+    the rows and not a chain of small ones.
+    """
 
-    def note(self, step: Tensors, change: Tensors) -> None:
+    def __init__(self, size: int, like: Tensor) -> None:
+        most = max(LEAST_MEMORY, min(MEMORY, MEMORY_NUMBERS // max(1, size)))
+        self.steps, self.changes = like.new_zeros(most, size), like.new_zeros(most, size)
+        self.products = torch.zeros(most, most, dtype=torch.float64, device=like.device)
+        self.order: list[int] = []  # rows in use, oldest first
+
+    def forget(self) -> None:
+        self.order.clear()
+
+    def note(self, step: Tensor, change: Tensor) -> None:
         """Remember a step, if the curvature along it is positive beyond rounding."""
-        curvature = _dot(step, change)
-        if curvature > 1e-10 * math.sqrt(_dot(step, step) * _dot(change, change)):
-            self.pairs.append((step, change, curvature))
+        if float(step @ change) > 1e-10 * float(step.norm() * change.norm()):
+            row = self.order.pop(0) if len(self.order) == len(self.steps) else len(self.order)
+            self.order.append(row)
+            self.steps[row], self.changes[row] = step, change
+            self.products[row], self.products[:, row] = self.changes @ step, self.steps @ change
 
-    def direction(self, gradient: Tensors, precondition: Callable[[Tensors], Tensors]) -> Tensors:
+    def direction(self, gradient: Tensor, precondition: Callable[[Tensor], Tensor]) -> Tensor:
         """Downhill, as far as the quadratic model says."""
-        rest, taken = gradient, []
-        for step, change, curvature in reversed(self.pairs):
-            taken.append(_dot(step, rest) / curvature)
-            rest = _add(rest, change, -taken[-1])
-        found = precondition(rest)
-        if self.pairs:
-            _, change, curvature = self.pairs[-1]
-            scale = curvature / max(_dot(change, precondition(change)), torch.finfo(torch.float32).tiny)
-            found = {name: scale * each for name, each in found.items()}
-        for (step, change, curvature), share in zip(self.pairs, reversed(taken), strict=True):
-            found = _add(found, step, share - _dot(change, found) / curvature)
-        return {name: -each for name, each in found.items()}
+        order = self.order
+        if not order:
+            return -precondition(gradient)
+        steps, changes = self.steps[: len(order)], self.changes[: len(order)]
+        products = self.products[order][:, order]
+        upper = products.triu()  # the first loop: a_i s_i·y_i + Σ_{j>i} a_j s_i·y_j = s_i·g
+        first = torch.linalg.solve_triangular(upper, (steps @ gradient).double()[order, None], upper=True)[:, 0]
+        rest = gradient - changes.mT @ self._by_row(first).to(gradient)
+        last = self.changes[order[-1]]
+        scale = float(products[-1, -1]) / max(float(last @ precondition(last)), torch.finfo(torch.float32).tiny)
+        found = scale * precondition(rest)
+        # the second loop adds Σ c_i s_i, where c_i s_i·y_i + Σ_{j<i} c_j s_j·y_i = a_i s_i·y_i − y_i·z
+        wanted = first * products.diagonal() - (changes @ found).double()[order]
+        second = torch.linalg.solve_triangular(upper.mT, wanted[:, None], upper=False)[:, 0]
+        return -(found + steps.mT @ self._by_row(second).to(found))
+
+    def _by_row(self, ordered: Tensor) -> Tensor:
+        found = torch.empty_like(ordered)
+        found[self.order] = ordered
+        return found
 
 
 def refine(
@@ -279,11 +311,14 @@ def refine(
     Stops after `iterations` steps, when 20 steps together lower the loss by less than `tolerance` × itself, when
     nothing is left of it, or after about `effort` multiply-adds. Works in the dtype of the weight.
 
-    Source: Liu and Nocedal 1989 for L-BFGS; Nocedal and Wright, Numerical Optimization, 2006, algorithms 3.1 and 7.4.
+    Source: Liu and Nocedal 1989 for L-BFGS; Byrd, Nocedal and Schnabel 1994 for its matrices; Nocedal and Wright,
+    Numerical Optimization, 2006, algorithm 3.1.
     """
-    problem, memory = _Problem(weight, structure, metric or Metric()), _Memory()
-    x = problem.balance(problem.load(tensors))
-    loss, gradient = problem.slope(x)
+    problem = _Problem(weight, structure, metric or Metric())
+    start = problem.balance(problem.load(tensors))
+    flat = _Flat(problem, start)
+    x = flat.join(start)
+    memory, (loss, gradient) = _Memory(len(x), x), flat.slope(x)
     floor = torch.finfo(weight.dtype).eps ** 2 * float((problem.target * problem.weigh(problem.target)).sum())
     left, judged = effort / problem.product_cost(), math.inf
     for number in range(iterations):
@@ -292,37 +327,37 @@ def refine(
         if number % REFRESH == 0:
             if loss > (1 - tolerance) * judged:
                 break
-            judged, precondition = loss, problem.preconditioner(x)
+            judged, precondition = loss, flat.preconditioner(x)
         direction = memory.direction(gradient, precondition)
-        if memory.pairs and not _dot(gradient, direction) < 0:
-            memory.pairs.clear()
+        if memory.order and not float(gradient @ direction) < 0:
+            memory.forget()
             direction = memory.direction(gradient, precondition)
-        length, lower, slope, tried = _search(problem, x, direction, loss, 2 * _dot(gradient, direction))
+        step, lower, slope, tried = _search(flat, x, direction, loss, 2 * float(gradient @ direction))
         left -= tried
         if slope is not None:
-            x, step = _add(x, direction, length), {name: length * each for name, each in direction.items()}
-            memory.note(step, _add(slope, gradient, -1.0))
-            loss, gradient = lower, slope
-        elif memory.pairs:
-            memory.pairs.clear()
+            memory.note(step, slope - gradient)
+            x, loss, gradient = x + step, lower, slope
+        elif memory.order:
+            memory.forget()
         else:
             break
-    return problem.store(x)
+    return problem.store(flat.apart(x))
 
 
 def _search(
-    problem: _Problem, x: Tensors, direction: Tensors, loss: float, slope: float
-) -> tuple[float, float, Tensors | None, int]:
-    """A step length that lowers the loss enough; with it the loss, half of the gradient, and the lengths tried.
+    flat: _Flat, x: Tensor, direction: Tensor, loss: float, slope: float
+) -> tuple[Tensor, float, Tensor | None, int]:
+    """A step along a direction that lowers the loss enough; with it the loss, half of the gradient, and the tries.
 
-    The gradient is None where no length does.
+    The gradient is None where no step does.
     """
     length = 1.0
     for tried in range(1, RETRIES + 1):
-        lower, gradient = problem.slope(_add(x, direction, length))
+        step = length * direction
+        lower, gradient = flat.slope(x + step)
         if lower <= loss + SUFFICIENT * length * slope and lower < loss:
-            return length, lower, gradient, tried
+            return step, lower, gradient, tried
         beyond = lower - loss - length * slope  # what the parabola through both points bends by
         best = -slope * length**2 / (2 * beyond) if math.isfinite(beyond) and beyond > 0 else 0.0
         length = min(max(best, 0.1 * length), 0.5 * length)
-    return 0.0, loss, None, RETRIES
+    return step, loss, None, RETRIES
