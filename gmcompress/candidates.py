@@ -23,9 +23,9 @@ GRIDS = (4, 8, 16)  # blocks along each side of an adapted basis
 ANCHOR = 0.33  # the share at which the grids of a layer are compared
 STEPS = 100  # of the fit of every candidate; three times as many where the weight is small
 SMALL = 1 << 14  # numbers of a weight up to which fits cost next to nothing
-EFFORT = 1e11  # multiply-adds for the table of one layer, above which adapted bases are fitted at two sizes only
-ANCHORS = (0.25, 0.6)  # these two
-ANCHOR_EFFORT = {True: 1.5e10, False: 3e9}  # multiply-adds of each of the two fits, with data and without
+EFFORT = {True: 1e11, False: 2e10}  # multiply-adds for a layer's table, with data and without, that fits may take
+ANCHORS = (0.25, 0.6)  # where they would take more, adapted bases are fitted at these two sizes only
+ANCHOR_EFFORT = {True: 1.5e10, False: 1.5e9}  # multiply-adds of each of the two fits
 TINY = 1e-30  # stands for a loss of zero in logarithms
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 
@@ -83,12 +83,14 @@ def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
     rank starts from the smaller one's fit, so that more parameters never give a larger loss.
     """
     found = [subject.candidate(None, 0.0)]
-    found += _low_ranks(subject)
-    views = [False, True] if _has_split(subject.shape) else [False]
-    if _cost(subject) <= EFFORT:
-        found += _adapted(subject, split=views[-1])
+    split, starts = _has_split(subject.shape), {}
+    for view in [False, True] if split else [False]:
+        ranks, starts[view] = _low_ranks(subject, split=view)
+        found += ranks
+    if _cost(subject) <= EFFORT[subject.metric.inputs is not None]:
+        found += _adapted(subject, split=split)
     else:
-        found += _estimated(subject, found, split=views[-1])
+        found += _estimated(subject, found, starts[split], split=split)
     if group is not None:
         found += _group_matrices(subject, group)
     return undominated(found)
@@ -116,20 +118,22 @@ def _cost(subject: Subject) -> float:
     return (product + OVERHEAD) * STEPS * (len(SHARES) + 2 * len(GRIDS))
 
 
-def _low_ranks(subject: Subject) -> Iterator[Candidate]:
-    """Low ranks rows × columns·taps, and for k×k convolutions rows·ky × columns·kx."""
+def _low_ranks(subject: Subject, *, split: bool) -> tuple[list[Candidate], Tensors]:
+    """Low ranks of rows × columns·taps or, split, of rows·ky × columns·kx, and the tensors of the largest."""
     limit = subject.weight.numel()
-    for split in [False, True] if _has_split(subject.shape) else [False]:
-        ranks = [rank_within(subject.shape, int(share * limit), grid=None, split=split) for share in SHARES]
-        if not (largest := max(ranks)):
-            continue
-        whole = Structure.factors(largest, split=split)
-        tensors = start_factors(subject.weight, whole, subject.metric)
-        for rank in sorted({each for each in ranks if each}):
-            structure = Structure.factors(rank, split=split)
-            cut = {"left": tensors["left"][..., :rank], "right": tensors["right"][:rank]}
-            loss = subject.relative_loss(expand(cut, structure, subject.shape))
-            yield subject.candidate(structure, loss)
+    ranks = [rank_within(subject.shape, int(share * limit), grid=None, split=split) for share in SHARES]
+    if not (largest := max(ranks)):
+        return [], {}
+    tensors = start_factors(subject.weight, Structure.factors(largest, split=split), subject.metric)
+    found = []
+    for rank in sorted({each for each in ranks if each}):
+        structure, cut = Structure.factors(rank, split=split), _leading(tensors, rank)
+        found.append(subject.candidate(structure, subject.relative_loss(expand(cut, structure, subject.shape))))
+    return found, tensors
+
+
+def _leading(tensors: Tensors, rank: int) -> Tensors:
+    return {"left": tensors["left"][..., :rank], "right": tensors["right"][:rank]}
 
 
 def grids_of(shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -164,19 +168,23 @@ def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
     return found
 
 
-def _estimated(subject: Subject, low_ranks: Sequence[Candidate], *, split: bool) -> list[Candidate]:
-    """Adapted bases of a large weight: fitted at two sizes; at others as far ahead of low ranks as lies between."""
+def _estimated(subject: Subject, low_ranks: Sequence[Candidate], start: Tensors, *, split: bool) -> list[Candidate]:
+    """Adapted bases of a large weight: fitted at two sizes; at others as far ahead of low ranks as lies between.
+
+    `start` are the tensors of the largest low rank, of which the fits start from the leading components.
+    """
     limit, grids = subject.weight.numel(), grids_of(subject.shape)
     if not grids:
         return []
     grid, ahead = grids[-1], []
     for share in ANCHORS:
         structure = _sized(subject, share, grid, split=split)
-        if structure is None:
+        if structure is None or structure.lowrank > len(start.get("right", ())):
             return []
-        start = start_factors(subject.weight, structure, subject.metric)
+        scales = subject.weight.new_ones(structure.shapes(subject.shape)["scales"])
+        first = {**_leading(start, structure.lowrank), "scales": scales}
         effort = ANCHOR_EFFORT[subject.metric.inputs is not None]
-        tensors = refine(subject.weight, structure, start, metric=subject.metric, effort=effort)
+        tensors = refine(subject.weight, structure, first, metric=subject.metric, effort=effort)
         stored = structure.parameters(subject.shape)
         reached = max(_loss(subject, structure, tensors), TINY)
         ahead.append((stored / limit, math.log(reached / max(_loss_at(low_ranks, stored), TINY))))

@@ -202,10 +202,18 @@ class _Problem:
     def product_cost(self) -> float:
         """Multiply-adds of one product with JᵀMJ, about, and OVERHEAD."""
         numel, structure, metric = self.target.numel(), self.form.structure, self.metric
+        remembered = 4 * MEMORY * structure.parameters(self.form.shape)
         moments = (0 if metric.inputs is None else metric.inputs.shape[-1]) + (
             0 if metric.outputs is None else metric.outputs.shape[-1]
         )
-        return float(numel * (6 * structure.lowrank + moments + 8)) + OVERHEAD
+        return float(numel * (6 * structure.lowrank + moments + 8) + remembered) + OVERHEAD
+
+    def refresh_cost(self) -> float:
+        """Multiply-adds of a new preconditioner, about: the products and inverses of its blocks."""
+        structure, (p, q) = self.form.structure, self.form.grid
+        wide, rank = self.form.sizes[1] * structure.lowrank, structure.lowrank
+        pairs = p * q * rank**3 if 0 < rank <= COUPLED else 0
+        return float(3 * (p * wide**3 + q * rank**3 + pairs) + self.target.numel() * wide)
 
     def vjp(self, x: Tensors, error: Tensor) -> Tensors:
         return {name: each for part in self.parts for name, each in part.vjp(x, error).items()}
@@ -320,7 +328,8 @@ def refine(
     x = flat.join(start)
     memory, (loss, gradient) = _Memory(len(x), x), flat.slope(x)
     floor = torch.finfo(weight.dtype).eps ** 2 * float((problem.target * problem.weigh(problem.target)).sum())
-    left, judged = effort / problem.product_cost(), math.inf
+    product = problem.product_cost()
+    left, refreshed, judged = effort / product, problem.refresh_cost() / product, math.inf
     for number in range(iterations):
         if loss <= floor or left <= 0:
             break
@@ -328,6 +337,7 @@ def refine(
             if loss > (1 - tolerance) * judged:
                 break
             judged, precondition = loss, flat.preconditioner(x)
+            left -= refreshed
         direction = memory.direction(gradient, precondition)
         if memory.order and not float(gradient @ direction) < 0:
             memory.forget()

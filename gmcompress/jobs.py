@@ -27,7 +27,7 @@ from .structure import Structure, check_weight
 from .surgery import Inputs, describe, duplicate, get_modules, run, shell, trace
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
-EFFORT = 5e10  # multiply-adds of the fit of one layer without data, at most
+EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
 EXAMPLES = 8  # of the calibration data, on which latency is measured where no inputs are given
 
 

@@ -166,6 +166,7 @@ def svd_error(weight: Tensor, stored: int, *, conv_groups: int = 1) -> float:
     has one matrix, and the same rank, in each of its groups.
     """
     exact = check_weight(weight)
+    exact = exact if exact.numel() <= EXACT else exact.float()
     apart = exact.reshape(conv_groups, exact.shape[0] // conv_groups, *exact.shape[1:])
     views = [apart.flatten(2)]
     if apart.dim() == 5 and apart.shape[3] > 1 and apart.shape[4] > 1:

@@ -14,7 +14,7 @@ from .candidates import Subject, plain_svd
 from .factors import Metric
 from .files import json_digest
 from .notes import Notes
-from .projection import Fit, project, relative_error
+from .projection import Fit, project, relative_error, svd_error
 from .structure import Structure, expand
 from .surgery import Inputs
 
@@ -209,9 +209,10 @@ def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metri
     """
     fit = project(wanted, structure, metric=metric, effort=effort)
     if structure.group is None and structure.grid is not None:
-        control, loss = plain_svd(Subject(wanted, metric), structure.parameters(weight.shape))
-        if loss < fit.loss:
-            fit = project(wanted, control, metric=metric)
+        limit, subject = structure.parameters(weight.shape), Subject(wanted, metric)
+        if metric != Metric() or svd_error(wanted, limit) ** 2 < fit.loss:
+            control, loss = plain_svd(subject, limit)
+            fit = project(wanted, control, metric=metric) if loss < fit.loss else fit
     found = expand(fit.tensors, fit.structure, weight.shape)
     stored = {part: each.to(weight.dtype) for part, each in fit.tensors.items()}
     return replace(fit, tensors=stored, relative_error=relative_error(found, weight.double()))
