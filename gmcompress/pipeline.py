@@ -26,7 +26,7 @@ from .projection import Fit, svd_error
 from .reconstruction import Reconstruction
 from .reporting import Report, Result
 from .structure import distance, expand
-from .surgery import Inputs, check_model, describe, get_modules, replace, run, shell, trace
+from .surgery import Inputs, check_model, describe, get_modules, replace, run, shell, trace, weight_of
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
@@ -141,7 +141,8 @@ def compress(
     names, "re:" patterns or module types; `overrides` maps them to a group, a structure such as "C4+displacement:2" or
     "adapted:8:4x4", or None; the first match wins. Layers of one parent module and of one shape that match an entry of
     `ties` get the same structure. `plan` carries out a plan made before, in place of all of these. With example
-    `inputs`, or data, multiply-adds and latency are measured too. `checkpoint` is a folder in which every layer's table
+    `inputs`, or data, multiply-adds and latency are measured too. `effort` multiplies the time that fits and passes
+    over the data may take: 4 gives better fits of large layers. `checkpoint` is a folder in which every layer's table
     and fit are kept as soon as they are known: a call that was interrupted goes on from there, and one with another
     budget spares the table.
 
@@ -162,6 +163,7 @@ def compress(
         wanted |= {"data": data, "samples": samples, "inputs": inputs, "effort": effort}
         wanted |= {"checkpoint": checkpoint, "progress": progress}
         plan = make_plan(model, group, **wanted, **rules)
+    check_plan(plan, model)
     job = Job.of(model, group, inputs, data, samples, effort, progress)
     dense = shell(model) if inplace else model
     expected = None if job.inputs is None else run(shell(model), job.inputs)
@@ -182,6 +184,19 @@ def compress(
         raise
     report = Report(model_name(model), plan, before, after, tuple(rows))
     return Result(small, plan, report, teacher=None if inplace else model, inputs=job.inputs)
+
+
+def check_plan(plan: Plan, model: nn.Module) -> None:
+    """Refuse the plan of another model.
+
+    Raises:
+        GMError: a layer of the plan is missing, or has another shape.
+    """
+    for name, layer in get_modules(model, plan.layers).items():
+        there, weight = plan.site(name).shape, weight_of(layer)
+        here = None if weight is None else tuple(weight.shape)
+        if there != here:
+            raise GMError(f"the plan is for another network: {name!r} has shape {there} there, {here} here")
 
 
 @torch.no_grad()

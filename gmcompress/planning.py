@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import gcd, isfinite, prod
@@ -110,6 +111,15 @@ class Plan:
         if self.optimum is not None:
             summary += "\n" + _optimum_line(self.optimum)
         return table_text(f"Plan for {self.group}", columns, rows, width=140) + "\n" + summary
+
+    def kinds(self) -> dict[str, int]:
+        """How many layers get which kind of structure: "adapted bases", "low rank", or the group of its matrices."""
+        found = [Structure.parse(text) for text in self.layers.values()]
+        named = [
+            str(each.group) if each.group is not None else "adapted bases" if each.grid is not None else "low rank"
+            for each in found
+        ]
+        return dict(Counter(named).most_common())
 
     def to_json(self) -> str:
         """The plan as JSON; `Plan.from_json` reads it back."""

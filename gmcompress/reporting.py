@@ -50,7 +50,7 @@ class Report:
         kept = percent(self.after.parameters, self.before.parameters)
         parts = [
             f"{self.model}: {self.before.parameters:,} → {self.after.parameters:,} parameters ({kept})",
-            f"{len(self.plan.layers)} of {len(self.plan.sites)} layers with {self.plan.group}",
+            self._replaced(),
         ]
         if self.before.latency_ms and self.after.latency_ms:
             parts.append(f"latency ×{self.after.latency_ms / self.before.latency_ms:.2f}")
@@ -58,9 +58,16 @@ class Report:
             last = "tuned" if "tuned" in self.accuracy else "compressed"
             if last in self.accuracy:
                 parts.append(f"accuracy {self.accuracy['dense']:.2f} → {self.accuracy[last]:.2f} %")
-        elif not self.history:
+        elif not self.history and self.plan.layers:
             parts.append("not fine-tuned: expect the outputs to have changed")
         return "; ".join(parts)
+
+    def _replaced(self) -> str:
+        """How many layers have got what."""
+        if self.plan.optimum is None:
+            return f"{len(self.plan.layers)} of {len(self.plan.sites)} layers with {self.plan.group}"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.plan.kinds().items())
+        return f"{len(self.plan.layers)} of {len(self.plan.sites)} layers replaced" + (f": {kinds}" if kinds else "")
 
     def savings(self) -> list[tuple[str, str, str, str]]:
         """Rows (what, before, after, share kept) of everything that was measured."""

@@ -237,3 +237,22 @@ def test_reports_are_saved_by_suffix(tmp_path):
     with pytest.raises(gm.GMError, match="cannot write"):
         report.save(tmp_path / "nowhere" / "report.json")
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_plan_of_another_network_is_refused() -> None:
+    plan = gm.plan(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), "C4", rank=0)
+    other = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.raises(gm.GMError, match=r"another network: '0' has shape \(16, 16\) there, \(32, 32\) here"):
+        gm.compress(other, plan=plan)
+
+
+def test_the_summary_says_what_the_layers_became() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    result = gm.compress(model, "C4", budget="40%")
+    assert sum(result.plan.kinds().values()) == len(result.plan.layers) == 2
+    said = ", ".join(f"{count} {kind}" for kind, count in result.plan.kinds().items())
+    assert f"2 of 3 layers replaced: {said}" in result.report.summary
+    whole = gm.compress(model, "C4", budget="100%").report.summary
+    assert "0 of 3 layers replaced" in whole and "expect" not in whole
+    assert "2 of 3 layers with C4" in gm.compress(model, "C4", rank=0).report.summary

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,7 +17,7 @@ from ..data import make_calibration_loader, make_loader
 from ..errors import GMError
 from ..layers import GMLayer
 from ..metrics import measure_together
-from ..pipeline import compress, make_plan, model_name
+from ..pipeline import check_plan, compress, make_plan, model_name
 from ..planning import Plan
 from ..projection import relative_error, svd_error
 from ..reporting import Report, Result
@@ -145,21 +144,13 @@ def planned(
 def _plan_in(file: str, dense: nn.Module) -> Plan:
     try:
         plan = Plan.from_json(Path(file).read_text(encoding="utf-8"))
-        _check_shapes(plan, dense)
+        check_plan(plan, dense)
     except (OSError, UnicodeDecodeError) as problem:
         said = problem.strerror if isinstance(problem, OSError) else problem
         raise GMError(f"cannot read the plan {file}: {said}") from None
     except GMError as problem:
         raise GMError(f"{file}: {problem}") from None
     return plan
-
-
-def _check_shapes(plan: Plan, dense: nn.Module) -> None:
-    """Refuse the plan of another network."""
-    for name, layer in get_modules(dense, plan.layers).items():
-        there, here = plan.site(name).shape, tuple(getattr(layer, "weight", torch.empty(0)).shape)
-        if there != here:
-            raise GMError(f"the plan is for another network: {name!r} has shape {there} there, {here} here")
 
 
 def told_as(what: str, progress: Progress) -> Callable[[str, int, int], None]:
