@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ POSITIONS = 60  # input vectors per dimension of a moment, beyond which position
 CHUNK = 1 << 24  # numbers of one unfolded piece of a convolution's input
 BACKWARD = 2_500_000  # numbers of input in one backward pass
 DAMPING = 1e-3  # of the mean of a moment's diagonal, added to the diagonal
+TRUST = (0.0, 0.03, 0.3, 3.0)  # ridges under which targets are tried on examples held out, shares of the diagonal
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Moments:
 
     For a convolution a vector is one patch, in the order of the weight; a grouped convolution has one sum per group.
     `inputs` is Σ x xᵀ and `cross` Σ t xᵀ, both (conv_groups, m, m) and divided by `count`; the means are (conv_groups,
-    m).
+    m). `halves` are the moments of every other batch, where there are two or more.
     """
 
     count: int
@@ -41,12 +42,14 @@ class Moments:
     cross: Tensor
     mean: Tensor
     dense_mean: Tensor
+    halves: tuple[Moments, ...] = ()
 
     def centred(self) -> Moments:
         """The same with the means taken away: what counts where a bias or BatchNorm absorbs the mean."""
         inputs = self.inputs - self.mean[:, :, None] * self.mean[:, None]
         cross = self.cross - self.dense_mean[:, :, None] * self.mean[:, None]
-        return Moments(self.count, inputs, cross, self.mean, self.dense_mean)
+        halves = tuple(each.centred() for each in self.halves)
+        return Moments(self.count, inputs, cross, self.mean, self.dense_mean, halves)
 
     def gram(self) -> Tensor:  # (conv_groups, m, m)
         """Σ x xᵀ, damped, and shrunk towards its diagonal where there are few vectors for its size."""
@@ -63,13 +66,32 @@ class Moments:
     def target(self, weight: Tensor) -> Tensor:  # (rows, columns, *taps), same
         """The dense weight that best reproduces the dense layer's outputs from the compressed model's inputs.
 
-        W* = W (C + λI)(S + λI)⁻¹: ‖W t − Ŵ x‖² is ‖(W* − Ŵ) S^½‖² and a part that no Ŵ changes.
+        W* = W (C + R)(S + R)⁻¹: ‖W t − Ŵ x‖² is ‖(W* − Ŵ) S^½‖² and a part that no Ŵ changes. The ridge R is the one
+        of TRUST, or so large that W* = W, whose targets err least when each half of the batches judges the other's:
+        vectors of one example resemble each other, so that their number does not tell how far to trust them.
         """
+        if not self.halves:
+            return self._target(weight, TRUST[0])
+        one, other = self.halves
+        errors = {ridge: other._error(weight, one._target(weight, ridge)) for ridge in TRUST}
+        errors = {ridge: lost + one._error(weight, other._target(weight, ridge)) for ridge, lost in errors.items()}
+        best = min(errors, key=lambda ridge: errors[ridge])
+        kept = one._error(weight, weight) + other._error(weight, weight)
+        return weight if kept <= errors[best] else self._target(weight, best)
+
+    def _target(self, weight: Tensor, ridge: float) -> Tensor:
         groups, m = self.inputs.shape[:2]
         few = m / (m + self.count)
-        extra = few * torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2)) + self._ridge()
+        extra = (few + ridge) * torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2)) + self._ridge()
         wanted = weight.reshape(groups, -1, m) @ ((1 - few) * self.cross + extra)
-        return torch.linalg.solve(self.gram(), wanted, left=False).reshape(weight.shape)
+        found = torch.linalg.solve((1 - few) * self.inputs + extra, wanted, left=False)
+        return found.reshape(weight.shape)
+
+    def _error(self, weight: Tensor, target: Tensor) -> float:
+        """The mean of ‖W t − W* x‖² over these vectors, without the part that no target changes."""
+        groups, m = self.inputs.shape[:2]
+        dense, new = weight.reshape(groups, -1, m), target.reshape(groups, -1, m)
+        return float((new * (new @ self.inputs - 2 * dense @ self.cross)).sum())
 
     def shift(self, dense: Tensor, fitted: Tensor) -> Tensor:  # weights -> (rows)
         """By how much the mean output of the fitted weight lies above that of the dense one."""
@@ -199,7 +221,7 @@ def collect(
             for index, (t, x) in enumerate(zip(kept[name], other[name], strict=True)):
                 if name not in sums:
                     sums[name] = _Sums(old(name), len(batches))
-                sums[name].add(t, x, seed=number * 1000 + index)
+                sums[name].add(t, x, half=number % 2, seed=number * 1000 + index)
             kept[name], other[name] = [], []
     return {name: each.moments() for name, each in sums.items()}
 
@@ -229,10 +251,10 @@ class _Sums:
         self.module, self.batches = module, batches
         self.groups = getattr(module, "groups", 1)
         self.size = module.get_parameter("weight")[0].numel()
-        self.count = 0
-        self.sums: list[Tensor] = []
+        self.counts = [0, 0]
+        self.sums: list[list[Tensor]] = [[], []]
 
-    def add(self, dense: Tensor, small: Tensor, *, seed: int) -> None:
+    def add(self, dense: Tensor, small: Tensor, *, half: int, seed: int) -> None:
         """Take one call's inputs in."""
         if isinstance(self.module, nn.Conv2d):
             pairs = self._patches(dense, small, seed)
@@ -242,8 +264,9 @@ class _Sums:
             t, x = t.transpose(0, 1).float(), x.transpose(0, 1).float()
             found = [x.mT @ x, t.mT @ x if t is not x else x.mT @ x, x.sum(1), t.sum(1)]
             found = [each.double() for each in found]
-            self.sums = [a + b for a, b in zip(self.sums, found, strict=True)] if self.sums else found
-            self.count += x.shape[1]
+            had = self.sums[half]
+            self.sums[half] = [a + b for a, b in zip(had, found, strict=True)] if had else found
+            self.counts[half] += x.shape[1]
 
     def _limit(self) -> int:
         return max(1, POSITIONS * self.size // self.batches)
@@ -277,8 +300,17 @@ class _Sums:
         return columns.transpose(1, 2).reshape(-1, self.groups, self.size)
 
     def moments(self) -> Moments:
-        inputs, cross, mean, dense_mean = (each / self.count for each in self.sums)
-        return Moments(self.count, inputs, cross, mean, dense_mean)
+        apart = [(count, sums) for count, sums in zip(self.counts, self.sums, strict=True) if count]
+        halves = [_mean_of(count, sums) for count, sums in apart]
+        if len(halves) < 2:
+            return halves[0]
+        whole = _mean_of(sum(self.counts), [a + b for a, b in zip(*self.sums, strict=True)])
+        return replace(whole, halves=tuple(halves))
+
+
+def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
+    inputs, cross, mean, dense_mean = (each / count for each in sums)
+    return Moments(count, inputs, cross, mean, dense_mean)
 
 
 def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:

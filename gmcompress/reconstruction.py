@@ -25,7 +25,8 @@ TOTAL = 1.5e12  # multiply-adds of the fits of all layers
 BACKWARD_PASSES = 1e12  # multiply-adds spent on the output moments, which need no more examples than that allows
 FEWEST_BACKWARD = 64  # examples in any case
 HELD = 1.5e9  # bytes of moments held at once
-OUTPUT_DAMPING = 0.3  # of the mean diagonal of the output moments, added to it: they are a rough model
+OUTPUT_DAMPING = 0.3  # of the mean diagonal of the output moments, added to it: they are a rough model,
+# and the rougher the fewer examples there are for each of its rows
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,7 +66,7 @@ class Calibration:
         held = 0.0
         for name in names:
             weight = model.get_submodule(name).get_parameter("weight")
-            size = 16.0 * weight[0].numel() ** 2 * getattr(model.get_submodule(name), "groups", 1)
+            size = 32.0 * weight[0].numel() ** 2 * getattr(model.get_submodule(name), "groups", 1)
             if not found or len(found[-1]) >= most or held + size > HELD:
                 found.append([])
                 held = 0.0
@@ -90,10 +91,10 @@ def calibrate(
     """
     few = first_examples(batches, max(FEWEST_BACKWARD, int(BACKWARD_PASSES / max(1, 3 * macs))))
     found = output_moments(dense, few, names, logits=logits, seed=seed)
-    damped = {}
+    damped, seen = {}, sum(count_examples(each) for each in few)
     for name, moment in found.items():
-        eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        damped[name] = (moment + OUTPUT_DAMPING * eye) / (1 + OUTPUT_DAMPING)
+        eye, damping = torch.eye(len(moment)).to(moment), OUTPUT_DAMPING + len(moment) / seen
+        damped[name] = (moment + damping * eye) / (1 + damping)
     examples = sum(count_examples(each) for each in batches)
     passes = max(FEWEST, int(effort * PASSES / max(1, macs * examples)))
     each_fit = effort * min(EFFORT, TOTAL / max(1, len(names)))
@@ -134,7 +135,9 @@ def reconstruct(
 ) -> Reconstruction:
     """Fit every layer to the dense layer's outputs, given the inputs that the compressed model gives it.
 
-    The shift of the mean output that a fit leaves is taken out of the layer's bias or of the BatchNorm behind it.
+    The shift of the mean output that a fit leaves is taken out of the layer's bias or of the BatchNorm behind it. Of
+    layers run in one pass only the first makes up for the errors before it, in weight and mean: were several to do so
+    that see the same errors, these would be made up for several times.
     """
     notes, kind = notes or Notes(None, {}), "fit-" + plan_digest(structures, calibration.effort)
     found = Reconstruction({}, {}, {})
@@ -147,8 +150,9 @@ def reconstruct(
             if progress is not None:
                 progress(name, len(found.fits), len(structures))
             layer, seen = dense.get_submodule(name), moments.pop(name, None)
-            fit = _fit(name, layer, structures[name], calibration, seen)
-            bias, mean = _absorbed(name, layer, small, fit, calibration, seen)
+            fit = _fit(name, layer, structures[name], calibration, seen, corrects=name == chunk[0])
+            met = seen if seen is None or name == chunk[0] else replace(seen, mean=seen.dense_mean)
+            bias, mean = _absorbed(name, layer, small, fit, calibration, met)
             found.take_in(name, small, fit, bias, mean)
             _remember(notes, kind, name, fit, bias, mean)
     return found
@@ -193,11 +197,22 @@ def _remembered(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     return fit, tensors.get("bias"), (facts["norm"], tensors["mean"]) if "mean" in tensors else None
 
 
-def _fit(name: str, layer: nn.Module, structure: Structure, calibration: Calibration, moments: Moments | None) -> Fit:
-    """The fit of one layer, or plain whitened SVD of at most its size, should that be nearer."""
+def _fit(
+    name: str,
+    layer: nn.Module,
+    structure: Structure,
+    calibration: Calibration,
+    moments: Moments | None,
+    *,
+    corrects: bool,
+) -> Fit:
+    """The fit of one layer, or plain whitened SVD of at most its size, should that be nearer.
+
+    Only a layer that `corrects` makes up for the errors before it.
+    """
     weight = layer.get_parameter("weight").detach()
     metric, wanted = calibration.metric(name, layer, moments), weight.double()
-    if moments is not None:
+    if moments is not None and corrects:
         wanted = (moments.centred() if calibration.absorbs(name, layer) else moments).target(wanted)
     return best_fit(weight, wanted, structure, metric, effort=calibration.effort)
 

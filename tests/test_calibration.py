@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,25 @@ def test_few_vectors_are_damped(generator: Generator) -> None:
     assert_close(moments.target(weight), weight, slack=10)
     nothing = moments_of(0 * x, 0 * x)
     assert_close(nothing.target(weight), weight)
+
+
+@pytest.mark.parametrize("examples", [10, 4000])
+def test_a_target_is_trusted_as_far_as_held_out_examples_bear_it_out(examples: int, generator: Generator) -> None:
+    """Of many examples the regression is taken; of few, each seen in 40 places, what they share by chance is not."""
+    m, weight = 24, torch.randn(4, 24, generator=generator, dtype=torch.float64)
+    own = torch.randn(examples, 1, 1, m, generator=generator, dtype=torch.float64)
+    x = own + 0.1 * torch.randn(examples, 40, 1, m, generator=generator, dtype=torch.float64)
+    t = 0.7 * x + 0.5 * torch.randn(examples, 1, 1, m, generator=generator, dtype=torch.float64)
+    halves = tuple(moments_of(*(each[n::2].flatten(0, 1) for each in (t, x))) for n in (0, 1))
+    moments = replace(moments_of(t.flatten(0, 1), x.flatten(0, 1)), halves=halves)
+
+    trusting, careful = (
+        float((each.target(weight) - 0.7 * weight).norm()) for each in (replace(moments, halves=()), moments)
+    )
+    if examples == 4000:
+        assert careful < 0.25 * float(0.3 * weight.norm())
+    else:
+        assert careful < 0.8 * trusting
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
