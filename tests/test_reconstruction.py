@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,3 +197,32 @@ def test_chunks_hold_consecutive_layers() -> None:
         chunks = Calibration((), {}, {}, passes, False).chunks(model, names)
         assert [name for chunk in chunks for name in chunk] == names
         assert max(map(len, chunks)) == longest
+
+
+class Residual(nn.Module):
+    """Blocks that add to one stream, as in a transformer; every layer sees the errors of all before it."""
+
+    def __init__(self, blocks: int = 8, width: int = 16) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(torch.relu(x))
+        return self.head(x)
+
+
+def test_errors_are_made_up_for_once(generator: Generator) -> None:
+    """Layers of one pass see the same errors; were all to correct them, two passes would lose more than one a layer."""
+    torch.manual_seed(0)
+    dense, batches = shell(Residual()), [each + 2 for each in data_of((400, 16), generator)]
+    names = [f"blocks.{n}" for n in range(8)]
+    structures = {name: Structure.parse("lowrank:2" if n < 4 else "lowrank:7") for n, name in enumerate(names)}
+    known, lost = calibrate(dense, batches, names, logits=True, macs=1000), {}
+    for passes in (8, 2):
+        small = copy.deepcopy(dense)
+        reconstruct(dense, small, structures, replace(known, passes=passes))
+        lost[passes] = divergence(outputs(dense, batches), outputs(small, batches), logits=True)
+    assert lost[8] > 0
+    assert lost[2] < 1.05 * lost[8]
