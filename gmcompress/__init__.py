@@ -6,7 +6,10 @@
 """
 
 from . import groups
+from .doctor import Examination
+from .doctor import examine as doctor
 from .errors import GMError
+from .exporting import Export, export
 from .groups import Group, GSet, group
 from .layers import GMConv2d, GMLinear
 from .metrics import Metrics, measure
@@ -30,6 +33,8 @@ from .structure import (
 from .surgery import Site, replace, trace
 
 __all__ = [
+    "Examination",
+    "Export",
     "Fit",
     "GMConv2d",
     "GMError",
@@ -48,8 +53,10 @@ __all__ = [
     "displacement",
     "displacement_rank",
     "distance",
+    "doctor",
     "equivariance",
     "expand",
+    "export",
     "generator_displacement",
     "generator_displacement_rank",
     "group",

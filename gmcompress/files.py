@@ -68,6 +68,31 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder beside it, from which all files move when the block ends well.
+
+    Files that the block writes next to the one named keep their names; the one named moves last.
+
+    Raises:
+        GMError: the folder does not exist or cannot be written to.
+    """
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        folder.mkdir()
+        yield folder / path.name
+        written = sorted(folder.iterdir(), key=lambda each: each.name == path.name)
+        for each in written:
+            _flush(each)
+        for each in written:
+            os.replace(each, path.with_name(each.name))
+        _flush(path.parent)
+    except OSError as problem:
+        raise GMError(f"cannot write {path}: {problem.strerror or problem}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -21,6 +21,7 @@ FLOORS = (
     ("allocation",),
     ("jobs",),
     ("pipeline", "storage"),
+    ("exporting", "doctor"),
     ("runs",),
     ("cli", "__init__"),
     ("__main__",),

@@ -24,7 +24,10 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("gmcompress")
 ]
-SHORTER = {"train": ["--epochs", "1", "--img-size", "32", "-b", "4", "-j", "0", "--seed", "1"]}
+SHORTER = {
+    "train": ["--epochs", "1", "--img-size", "32", "-b", "4", "-j", "0", "--seed", "1"],
+    "export": ["--format", "dense", "--output", "small.safetensors"],
+}
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -59,7 +62,16 @@ def place(tmp_path_factory):
 
 def test_commands_run_in_their_order(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    assert [shlex.split(each)[1] for each in COMMANDS] == ["plan", "train", "validate", "benchmark", "report", "groups"]
+    assert [shlex.split(each)[1] for each in COMMANDS] == [
+        "doctor",
+        "plan",
+        "train",
+        "validate",
+        "benchmark",
+        "report",
+        "export",
+        "groups",
+    ]
     for command in COMMANDS:
         arguments = shlex.split(command)[1:]
         status = main([*arguments, *SHORTER.get(arguments[0], [])])

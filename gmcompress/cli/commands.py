@@ -25,6 +25,8 @@ from ..runs import (
     benchmark_run,
     compress_run,
     demo_run,
+    doctor_run,
+    export_run,
     group_facts,
     is_main,
     plan_run,
@@ -52,10 +54,14 @@ class Command(NamedTuple):
     settings: dict[str, dict[str, str]]
     examples: tuple[str, ...]
     more: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    status: Callable[[Any], int] = lambda _found: 0  # the exit code, from what --json prints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 where what was given cannot be used, 130 where interrupted."""
+    """The command line; returns the exit code.
+
+    0, or what the command makes of its findings; 2 where what was given cannot be used; 130 where interrupted.
+    """
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down by an order of magnitude
     try:
         parser, commands = make_parser()
@@ -83,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = "compress and train go on with --resume FOLDER, sweep --output with the same command"
         print(f"gmcompress: interrupted; {again}", file=sys.stderr)
         return 130
-    return 0
+    return COMMANDS[name].status(data)
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -101,7 +107,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
             help=command.text,
             description=command.text[0].upper() + command.text[1:] + ".",
             epilog="\n".join(["examples:", *(f"  gmcompress {name} {each}".rstrip() for each in command.examples)]),
-            usage=" ".join(["gmcompress", name, *(["FOLDER"] if name == "report" else []), "[flags]"]),
+            usage=" ".join(["gmcompress", name, *PLACES.get(name, []), "[flags]"]),
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
             allow_abbrev=False,
         )
@@ -231,6 +237,17 @@ def _benchmark(given: Given, progress: Progress) -> Answer:
     return {"rows": rows}, [Table("", columns, cells), how]
 
 
+def _doctor(given: Given, progress: Progress) -> Answer:
+    found = doctor_run(_settings(given), progress=progress)
+    return found.to_dict(), [str(found)]
+
+
+def _export(given: Given, _progress: Progress) -> Answer:
+    how = {name: given[name] for name in ("format", "tolerance") if name in given}
+    found = export_run(_settings(given), given["folder"], given["output"], **how)
+    return asdict(found), [str(found)]
+
+
 def _report(given: Given, _progress: Progress) -> Answer:
     report = read_report(given["folder"])
     if "html" not in given:
@@ -272,31 +289,9 @@ def _demo(given: Given, progress: Progress) -> Answer:
     return data, [summary, table, written]
 
 
-CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "YAML file that sets defaults; the command line wins"})
-OUTPUT = (("--output",), {"metavar": "FOLDER", "help": "where to write (default: gmcompress-MODEL)"})
-EXPERIMENT = (("--experiment",), {"metavar": "NAME", "help": "a folder of this name inside --output"})
-RESUME = (("--resume",), {"metavar": "FOLDER", "help": "go on with the run in this folder, exactly where it stopped"})
-BUDGET_LIST = (
-    ("--budgets",),
-    {
-        "nargs": "+",
-        "metavar": "LIMIT",
-        "help": "one each: a share of the parameters, or limits such as params=100000,macs=50%% "
-        f"(default: {' '.join(BUDGETS).replace('%', '%%')})",
-    },
-)
-MEASURE = (
-    ("--measure",),
-    {"action": "store_true", "help": "carry out each plan; print its accuracy beside that of SVD of the same size"},
-)
-PLANS = (
-    ("--output",),
-    {
-        "metavar": "FOLDER",
-        "help": "keep the plans there, for --plan; the same command goes on where it was interrupted",
-    },
-)
+PLACES = {"report": ["FOLDER"], "export": ["FOLDER"], "doctor": ["MODEL"]}
 SIZE = {"img_size": flags.IMAGES["img_size"]}
+UNTRAINED = ("pretrained", "checkpoint")
 DENSE = {name: text for name, text in flags.NETWORK.items() if name != "compressed"}
 
 COMMANDS = {
@@ -325,7 +320,7 @@ COMMANDS = {
             "--model resnet50 --pretrained --data-dir imagenet/ --budget 25%",
             "--model vit_base_patch16_224 --group C8xC8 --rank 2 --exclude 're:.*qkv'",
         ),
-        (CONFIG,),
+        (flags.CONFIG,),
     ),
     "sweep": Command(
         _sweep,
@@ -341,7 +336,7 @@ COMMANDS = {
             "--model resnet50 --pretrained --data-dir imagenet/ --budgets 75% 50% 25% --output plans",
             "--model resnet18 --checkpoint best.pth --data-dir DATA --budgets 50% params=1000000,macs=25% --measure",
         ),
-        (CONFIG, BUDGET_LIST, MEASURE, PLANS),
+        (flags.CONFIG, flags.BUDGET_LIST, flags.MEASURE, flags.PLANS),
     ),
     "compress": Command(
         _compress,
@@ -359,7 +354,7 @@ COMMANDS = {
             "--model resnet18 --checkpoint best.safetensors --group C8xC8 --rank 1",
             "--resume small",
         ),
-        (CONFIG, OUTPUT, EXPERIMENT, RESUME),
+        (flags.CONFIG, flags.OUTPUT, flags.EXPERIMENT, flags.RESUME),
     ),
     "train": Command(
         _train,
@@ -377,14 +372,14 @@ COMMANDS = {
             "--model resnet50 --pretrained --data-dir imagenet/ --budget 25% --epochs 10 --output small",
             "--resume small",
         ),
-        (CONFIG, OUTPUT, EXPERIMENT, RESUME),
+        (flags.CONFIG, flags.OUTPUT, flags.EXPERIMENT, flags.RESUME),
     ),
     "validate": Command(
         _validate,
         "measure the top-1 and top-5 accuracy of a network, dense or compressed",
         {"network": flags.NETWORK, "images": flags.IMAGES, "machine": flags.MACHINE},
         ("--compressed small --data-dir imagenet/", "--model resnet50 --pretrained --data-dir imagenet/"),
-        (CONFIG,),
+        (flags.CONFIG,),
     ),
     "benchmark": Command(
         _benchmark,
@@ -396,7 +391,27 @@ COMMANDS = {
             "machine": {"device": flags.MACHINE["device"]},
         },
         ("--model resnet50 --group C8xC8 --rank 1 -b 64", "--compressed small"),
-        (CONFIG, (("--repeats",), {"type": int, "metavar": "N", "help": "timed runs of each (default: 15)"})),
+        (flags.CONFIG, (("--repeats",), {"type": int, "metavar": "N", "help": "timed runs of each (default: 15)"})),
+    ),
+    "doctor": Command(
+        _doctor,
+        "show what can be done with every weight of a network, and try it; exit status 1 where it does not work",
+        {
+            "network": {name: text for name, text in DENSE.items() if name != "model"},
+            "compression": {"group": flags.COMPRESSION["group"]},
+            "images": SIZE,
+            "machine": flags.MACHINE,
+        },
+        ("resnet18 --group C8xC8", "mypackage.models:make_network"),
+        (flags.CONFIG, flags.EXAMINED),
+        lambda found: 0 if found["works"] else 1,
+    ),
+    "export": Command(
+        _export,
+        "write a compressed network as one file for use elsewhere, and check that it computes the same",
+        {"network": {name: text for name, text in DENSE.items() if name not in UNTRAINED}, "images": SIZE},
+        ("small --format onnx --output small.onnx", "small --format dense --output dense.safetensors"),
+        flags.EXPORT,
     ),
     "report": Command(
         _report,

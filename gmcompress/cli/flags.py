@@ -10,7 +10,8 @@ from types import UnionType
 from typing import Any, NoReturn, get_args, get_origin
 
 from ..errors import GMError, nearest_names
-from ..runs import WAYS, read_yaml, setting_defaults, setting_kinds, typed
+from ..exporting import FORMATS
+from ..runs import BUDGETS, WAYS, read_yaml, setting_defaults, setting_kinds, typed
 
 NETWORK = {
     "model": "a network that timm knows: resnet50, vit_base_patch16_224, hf-hub:..., local-dir:...",
@@ -101,6 +102,22 @@ MACHINE = {
     "device": "cpu, cuda or cuda:1; by default the first GPU, if there is one",
     "seed": "seed of all random numbers",
 }
+EXPORT: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("folder",), {"metavar": "FOLDER", "help": "a compressed network, as compress and train write it"}),
+    (
+        ("--format",),
+        {"choices": tuple(FORMATS), "help": "dense is the state dict of the dense network (default: onnx)"},
+    ),
+    (
+        ("--output",),
+        {"metavar": "FILE", "required": True, "help": f"what to write, one of *{', *'.join(FORMATS.values())}"},
+    ),
+    (("-b", "--batch-size"), {"type": int, "metavar": "N", "help": "images in the example batch (default: 2)"}),
+    (
+        ("--tolerance",),
+        {"type": float, "metavar": "X", "help": "largest difference of outputs, of the largest (default: 1e-4)"},
+    ),
+)
 SHORT = {"batch_size": "-b", "workers": "-j"}
 CHOICES = {
     "residual": ("displacement", "lowrank"),
@@ -127,6 +144,34 @@ METAVARS = {
     "compressed": "FOLDER",
     "data_dir": "FOLDER",
 }
+CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "YAML file that sets defaults; the command line wins"})
+OUTPUT = (("--output",), {"metavar": "FOLDER", "help": "where to write (default: gmcompress-MODEL)"})
+EXPERIMENT = (("--experiment",), {"metavar": "NAME", "help": "a folder of this name inside --output"})
+RESUME = (("--resume",), {"metavar": "FOLDER", "help": "go on with the run in this folder, exactly where it stopped"})
+BUDGET_LIST = (
+    ("--budgets",),
+    {
+        "nargs": "+",
+        "metavar": "LIMIT",
+        "help": "one each: a share of the parameters, or limits such as params=100000,macs=50%% "
+        f"(default: {' '.join(BUDGETS).replace('%', '%%')})",
+    },
+)
+MEASURE = (
+    ("--measure",),
+    {"action": "store_true", "help": "carry out each plan; print its accuracy beside that of SVD of the same size"},
+)
+PLANS = (
+    ("--output",),
+    {
+        "metavar": "FOLDER",
+        "help": "keep the plans there, for --plan; the same command goes on where it was interrupted",
+    },
+)
+EXAMINED = (
+    ("model",),
+    {"metavar": "MODEL", "help": "a network of timm's, or package.module:function, which builds one"},
+)
 
 
 class Parser(argparse.ArgumentParser):

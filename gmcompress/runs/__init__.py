@@ -1,7 +1,9 @@
-"""What the commands do, as functions of plain settings: plan, sweep, compress, train, validate, benchmark, demo."""
+"""What the commands do, as functions of plain settings: plan, compress, train, validate, doctor, demo and others."""
 
 from .compressing import WEIGHTS_ALONE, compress_run, read_report
 from .demo import demo_run
+from .examining import doctor_run
+from .exporting import export_run
 from .measuring import FAMILIES, benchmark_run, group_facts, plan_run, validate_run
 from .networks import Accuracy, Progress, accuracy, is_main, silent
 from .settings import WAYS, Settings, read_yaml, setting_defaults, setting_kinds, typed
@@ -20,6 +22,8 @@ __all__ = [
     "benchmark_run",
     "compress_run",
     "demo_run",
+    "doctor_run",
+    "export_run",
     "group_facts",
     "is_main",
     "plan_run",

@@ -1,0 +1,332 @@
+"""What gmcompress reaches: one model of every timm family, from compress to torch.export, each in its own process.
+
+python benchmarks/coverage.py --output coverage.jsonl --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress_time import peak_gigabytes
+from rich.console import Console
+from rows import append_row, machine, prepare_device, read_rows, shown_command
+
+from gmcompress.tables import make_table
+
+STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export")
+LOW = 0.6  # share reached below which a family is listed with its reason
+TOLERANCE = 1e-4  # relative to the largest output; loaded and densified models compute the same in another order
+UNSUITED = "no model small enough"
+
+
+class DifferenceError(Exception):
+    """Outputs that should be equal and are not."""
+
+
+def families() -> dict[str, list[str]]:
+    """The models of every family, which is a module of timm.models."""
+    import timm
+
+    found = {each: sorted(timm.list_models(module=each)) for each in timm.list_modules()}
+    return {each: names for each, names in found.items() if names}
+
+
+def smallest(names: Sequence[str], limit: int) -> tuple[str, int] | None:
+    """The model of fewest parameters, counted on the meta device; None where even that has more than `limit`.
+
+    Where none can be built there, the first one stands for all of them, with a size of 0.
+    """
+    import timm
+    import torch
+
+    found: list[tuple[int, str]] = []
+    for name in names:
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found.append((sum(each.numel() for each in timm.create_model(name).parameters()), name))
+        except Exception:  # some read values of tensors while they are built; another model of the family stands for it
+            continue
+    parameters, name = min(found, default=(0, names[0]))
+    return (name, parameters) if parameters <= limit else None
+
+
+def tensors(outputs: Any) -> list[Any]:
+    """The floating-point tensors in the outputs of a model, however nested."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_leaves
+
+    return [each for each in tree_leaves(outputs) if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """Equal outputs, up to rounding.
+
+    Raises:
+        DifferenceError: they are not.
+    """
+    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    if not pairs:
+        raise DifferenceError("there are no tensors to compare")
+    worst = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs)
+    if not worst <= TOLERANCE:
+        raise DifferenceError(f"outputs differ by {worst:.1e} of the largest")
+
+
+class Subject:
+    """One model on its way through the stages; each stage leaves behind what later ones need."""
+
+    def __init__(self, name: str, group: str, folder: Path) -> None:
+        self.name, self.group, self.folder = name, group, folder
+        self.facts: dict[str, Any] = {}
+
+    def build(self) -> None:
+        """The dense model, with random weights, and two random images."""
+        import timm
+        import torch
+
+        torch.manual_seed(0)
+        self.model = timm.create_model(self.name).eval()
+        self.inputs = torch.randn(2, *self.model.pretrained_cfg["input_size"])
+        self.facts["parameters"] = sum(each.numel() for each in self.model.parameters())
+
+    def compress(self) -> None:
+        """Compress it, and note what share of its parameters that reached, and why most of the rest was left."""
+        import gmcompress as gm
+
+        self.result = gm.compress(self.model, self.group, rank=1)
+        plan, total = self.result.plan, self.facts["parameters"]
+        weights = {row["name"]: row["dense"] for row in plan.rows()}
+        self.facts["reached"] = sum(weights[name] for name in plan.layers) / total
+        self.facts["kept"] = plan.parameters / total
+        lost = Counter(dict.fromkeys(plan.skipped.values(), 0))
+        for name, reason in plan.skipped.items():
+            lost[reason] += weights[name]
+        lost["parameters that are no weight of a layer"] = total - sum(weights.values())
+        reason, numbers = lost.most_common(1)[0]
+        self.facts["weighs_most"] = {"reason": reason, "share": numbers / total}
+
+    def forward(self) -> None:
+        """Run it."""
+        from gmcompress.surgery import run
+
+        self.outputs = run(self.result.model.eval(), self.inputs)
+        self.facts["largest_output"] = max(
+            float(each.abs().max()) for each in tensors(self.outputs)
+        )  # 0 proves nothing
+
+    def backward(self) -> None:
+        """Train one step; some structured layer has to receive a gradient."""
+        from gmcompress.layers import GMLayer
+
+        model = self.result.model.train()
+        sum(each.float().square().sum() for each in tensors(model(self.inputs))).backward()
+        layers = [each for each in model.modules() if isinstance(each, GMLayer)]
+        if not any(part.grad is not None for each in layers for part in each.parts().values()):
+            raise DifferenceError("no structured layer received a gradient")
+        model.zero_grad()
+        model.eval()
+
+    def save(self) -> None:
+        """Write it."""
+        import gmcompress as gm
+        from gmcompress.surgery import run
+
+        self.outputs = run(self.result.model, self.inputs)  # the training step moved running means
+        gm.save(self.result, self.folder / "small")
+
+    def load(self) -> None:
+        """Read it, onto another random model; equal outputs."""
+        import timm
+
+        import gmcompress as gm
+        from gmcompress.surgery import run
+
+        self.loaded = gm.load(self.folder / "small", timm.create_model(self.name))
+        assert_equal(run(self.loaded, self.inputs), self.outputs)
+
+    def densify(self) -> None:
+        """Back to plain layers; equal outputs."""
+        import gmcompress as gm
+        from gmcompress.surgery import run
+
+        assert_equal(run(gm.densify(self.loaded), self.inputs), self.outputs)
+
+    def export(self) -> None:
+        """torch.export, and run what it gave; equal outputs."""
+        import torch
+
+        program = torch.export.export(self.loaded, (self.inputs,))
+        with torch.no_grad():
+            assert_equal(program.module()(self.inputs), self.outputs)
+
+
+def work(name: str, group: str, *, gigabytes: float) -> dict[str, Any]:
+    """Take one model with random weights through the stages, in this process, up to the first that fails."""
+    import timm
+
+    warnings.simplefilter("ignore")
+    if gigabytes:
+        resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 1e9), int(gigabytes * 1e9)))
+    device = prepare_device("cpu", threads=1)
+    stages: dict[str, str] = {}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(name, group, Path(folder))
+        for stage in STAGES:
+            print(f"stage {stage}", flush=True)  # the last of these tells where a process was killed
+            stages[stage] = attempt(getattr(subject, stage))
+            if stages[stage] != "ok" and stage not in ("backward", "densify"):  # these two leave nothing to others
+                break
+    return {
+        **subject.facts,
+        "stages": stages,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_gigabytes": round(peak_gigabytes(), 3),
+        "seed": 0,
+        **machine(device, amp="no", threads=1),
+        "timm": timm.__version__,
+    }
+
+
+def attempt(stage: Callable[[], None]) -> str:
+    """ "ok", or the error in one line."""
+    try:
+        stage()
+    except Exception as problem:  # whatever it is, it is a result
+        return one_line(problem)
+    return "ok"
+
+
+def one_line(problem: Exception) -> str:
+    """An error in a line.
+
+    >>> one_line(ValueError("two\\nlines"))
+    'ValueError: two lines'
+    """
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+
+
+def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The findings on one model, from a process of its own that may fail, die, or take too long."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--here", name, "--group", options.group]
+    command += ["--max-gigabytes", str(options.max_gigabytes)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.max_seconds, check=False)
+        printed, killed = done.stdout, f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
+    except subprocess.TimeoutExpired as late:
+        printed = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
+        killed = f"took more than {options.max_seconds} s"
+    lines = printed.splitlines()
+    if lines and lines[-1].startswith("{"):
+        return json.loads(lines[-1])
+    begun = [each.removeprefix("stage ") for each in lines if each.startswith("stage ")] or ["build"]
+    return {"stages": dict.fromkeys(begun[:-1], "begun") | {begun[-1]: " ".join(killed.split())}}
+
+
+def examine_family(family: str, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """The row of one family."""
+    found = smallest(names, options.max_parameters)
+    row: dict[str, Any] = {"benchmark": "coverage", "family": family, "group": options.group, "rank": 1}
+    row["max_parameters"] = options.max_parameters
+    if found is None:
+        return row | {"model": None, "skipped": UNSUITED}
+    return row | {"model": found[0], "parameters": found[1]} | in_fresh_process(found[0], options)
+
+
+def reached_low(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows whose share reached is below the line, the lowest first.
+
+    >>> reached_low([{"family": "a", "reached": 0.7}, {"family": "b", "reached": 0.1}, {"family": "c"}])
+    [{'family': 'b', 'reached': 0.1}]
+    """
+    return sorted((row for row in rows if row.get("reached", 1.0) < LOW), key=lambda row: row["reached"])
+
+
+def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
+    """How far the families came, what failed, and which weights are out of reach."""
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    tried = [row for row in rows if row["model"]]
+    counts = []
+    for stage in STAGES:
+        outcomes = [row["stages"][stage] for row in tried if stage in row["stages"]]
+        passed = sum(each in ("ok", "begun") for each in outcomes)  # begun: the next one was, before the process died
+        counts.append((stage, passed, len(outcomes) - passed, len(tried) - len(outcomes)))
+    title = f"{len(tried)} families of timm; {len(rows) - len(tried)} have {UNSUITED}"
+    console.print(make_table(title, ["stage", "pass#", "fail#", "not reached#"], counts))
+    failures = [
+        (row["family"], row["model"], stage, said)
+        for row in tried
+        for stage, said in row["stages"].items()
+        if said not in ("ok", "begun")
+    ]
+    if failures:
+        console.print(make_table("Failures", ["family", "model", "stage", "error"], failures))
+    shares = [row["reached"] for row in tried if "reached" in row]
+    if shares:
+        console.print(f"share of the parameters reached: mean {100 * statistics.fmean(shares):.1f} %")
+    low = [
+        (
+            row["family"],
+            f"{100 * row['reached']:.1f} %",
+            f"{100 * row['weighs_most']['share']:.1f} %",
+            row["weighs_most"]["reason"],
+        )
+        for row in reached_low(tried)
+    ]
+    if low:
+        title = f"Families of which less than {100 * LOW:.0f} % is reached"
+        console.print(make_table(title, ["family", "reached#", "share#", "the reason that weighs most"], low))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Take the families of this shard through the stages, or print the tables of the rows that there are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", help="only these")
+    parser.add_argument("--group", default="C8xC8")
+    parser.add_argument("--max-parameters", type=int, default=60_000_000)
+    parser.add_argument("--max-seconds", type=float, default=900.0, help="for one model")
+    parser.add_argument("--max-gigabytes", type=float, default=0.0, help="of address space for one model; 0: no limit")
+    parser.add_argument("--shard", default="1/1", help="k/n: every n-th family, from the k-th on")
+    parser.add_argument("--output", type=Path, help="rows are appended to this file")
+    parser.add_argument("--resume", action="store_true", help="leave out the families that --output has")
+    parser.add_argument("--here", metavar="MODEL", help="take one model through in this process and print its findings")
+    options = parser.parse_args(arguments)
+    if options.here:
+        print(json.dumps(work(options.here, options.group, gigabytes=options.max_gigabytes)))
+        return 0
+    first, of = map(int, options.shard.split("/"))
+    if not 1 <= first <= of:
+        parser.error(f"--shard is k/n with k from 1 to n, not {options.shard}")
+    known = families()
+    wanted = (options.families or sorted(known))[first - 1 :: of]
+    if unknown := [each for each in wanted if each not in known]:
+        parser.error(f"timm has no family {unknown[0]}")
+    rows = read_rows(options.output) if options.resume and options.output else []
+    done = {row["family"] for row in rows if row["group"] == options.group}
+    shown = shown_command("coverage.py", {"output": options.output}, arguments)
+    for family in [each for each in wanted if each not in done]:
+        row = examine_family(family, known[family], options) | {"command": shown}
+        rows.append(row)
+        if options.output is not None:
+            append_row(options.output, row)
+        failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said not in ("ok", "begun")]
+        print(family, row["model"], "; ".join(failed) or row.get("skipped", "ok"), file=sys.stderr, flush=True)
+    print_tables([row for row in rows if row["family"] in wanted])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
