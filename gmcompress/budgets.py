@@ -10,9 +10,11 @@ from fractions import Fraction
 from math import floor
 from numbers import Integral, Real
 
-from .errors import GMError, nearest_names
+from .errors import GMError, nearest_names, shown
 
 KINDS = {"params": "parameters", "bytes": "bytes", "macs": "multiply-adds"}  # as written, and as shown
+
+MAX_LIMIT = (1 << 63) - 1  # of anything: what an integer of a table holds
 
 _PERCENT = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*%\s*")
 
@@ -37,11 +39,11 @@ class Budget:
     def __post_init__(self) -> None:
         check_kind(self.what)
         if isinstance(self.limit, bool) or not isinstance(self.limit, Real):
-            raise GMError(f"the limit of a budget is a number, not {self.limit!r}")
+            raise GMError(f"the limit of a budget is a number, not {shown(self.limit)}")
         if self.relative and not 0 < self.limit <= 1:
-            raise GMError(f"a relative budget is more than 0 and at most 1 (100 %), not {self.limit!r}")
-        if not self.relative and not (self.limit >= 1 and self.limit % 1 == 0):  # inf % 1 is NaN
-            raise GMError(f"an absolute budget is a whole number of at least 1, not {self.limit!r}")
+            raise GMError(f"a relative budget is more than 0 and at most 1 (100 %), not {shown(self.limit)}")
+        if not self.relative and not (1 <= self.limit <= MAX_LIMIT and self.limit % 1 == 0):
+            raise GMError(f"an absolute budget is a whole number from 1 to {MAX_LIMIT}, not {shown(self.limit)}")
         object.__setattr__(self, "limit", float(self.limit) if self.relative else int(self.limit))  # no numpy scalars
 
     def absolute(self, dense_total: int) -> int:
@@ -71,7 +73,7 @@ def check_kind(what: object) -> str:
     gmcompress.errors.GMError: no cost is called 'parms'; the nearest are 'params', 'macs', 'bytes'
     """
     if not isinstance(what, str) or what not in KINDS:
-        raise GMError(f"no cost is called {what!r}; the nearest are {nearest_names(str(what), KINDS)}")
+        raise GMError(f"no cost is called {shown(what)}; the nearest are {nearest_names(str(what), KINDS)}")
     return what
 
 
@@ -106,26 +108,27 @@ def parse_budget(
             raise GMError(f"a budget names at least one of {', '.join(KINDS)}")
         return tuple(_limit(what, value) for what, value in given.items())
     if isinstance(given, Integral) and not isinstance(given, bool):
-        raise GMError(f'{given!r} of what? write {{"params": {given!r}}}, or "25%" for a share of the parameters')
+        number = shown(given)
+        raise GMError(f'{number} of what? write {{"params": {number}}}, or "25%" for a share of the parameters')
     if isinstance(given, str | Real) and not isinstance(given, bool):
         return (_limit("params", given, share=True),)
-    raise GMError(f'a budget is a share such as "25%" or a mapping such as {{"bytes": 100000}}, not {given!r}')
+    raise GMError(f'a budget is a share such as "25%" or a mapping such as {{"bytes": 100000}}, not {shown(given)}')
 
 
 def _limit(what: object, value: object, *, share: bool = False) -> Budget:
     """One limit; `share` if only a share makes sense."""
     kind = check_kind(what)
     if isinstance(value, str):
-        found = _PERCENT.fullmatch(value)
+        found = _PERCENT.fullmatch(value) if len(value) <= 100 else None
         part = float(Decimal(found[1]) / 100) if found else 0.0  # one rounding only: 33.3 / 100 is not 0.333
         if not 0 < part <= 1:
-            raise GMError(f'a budget in words is a percentage above 0 % and up to 100 %, as "25%", not {value!r}')
+            raise GMError(f'a budget in words is a percentage above 0 % and up to 100 %, as "25%", not {shown(value)}')
         return Budget(kind, part, relative=True)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise GMError(f'a budget of {KINDS[kind]} is a number or a share such as "25%", not {value!r}')
+        raise GMError(f'a budget of {KINDS[kind]} is a number or a share such as "25%", not {shown(value)}')
     number = int(value) if isinstance(value, Integral) else float(value)
     whole = isinstance(number, int) or (not share and number > 1 and number % 1 == 0)
     if not (number >= 1 if whole else 0 < number <= 1):
         wanted = "a share of more than 0 and at most 1" + ("" if share else ", or a whole number of at least 1")
-        raise GMError(f"a budget of {KINDS[kind]} is {wanted}, not {value!r}")
+        raise GMError(f"a budget of {KINDS[kind]} is {wanted}, not {shown(value)}")
     return Budget(kind, number, relative=not whole)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import GMError
-from .files import new_folder, read_json, read_tensors, write_json, write_tensors
+from .errors import GMError, shown
+from .files import file_digest, new_folder, read_json, read_tensors, sealed, unsealed, write_json, write_tensors
 
-PATTERN = re.compile(r"checkpoint-([0-9]{4,})")
+PATTERN = re.compile(r"checkpoint-([0-9]{4,9})")
 
 
 def save_checkpoint(
@@ -33,11 +33,13 @@ def save_checkpoint(
     """
     place = folder / f"checkpoint-{len(history):04d}"
     numbers: dict[str, Any] = {"history": history, "recipe": dict(recipe), "decided": dict(decided)}
+    digests: dict[str, str] = {}
     with new_folder(place) as beside:
         for name, part in state.items():
             tensors, numbers[name] = _taken_apart(part)
             write_tensors(beside / f"{name}.safetensors", tensors)
-        write_json(beside / "checkpoint.json", numbers)
+            digests[name] = file_digest(beside / f"{name}.safetensors")
+        write_json(beside / "checkpoint.json", sealed(numbers | {"digests": digests}))
     unfinished = folder.glob(".checkpoint-*")  # of a run that was killed while it wrote
     for old in [*_checkpoints(folder), *unfinished]:
         if old != place:
@@ -56,8 +58,8 @@ def load_checkpoint(
     if not found:
         return [], {}
     place = found[-1]
-    numbers = read_json(place / "checkpoint.json")
-    for key in ("history", "recipe", "decided", *state):
+    numbers = _numbers(place)
+    for key in state:
         if key not in numbers:
             raise GMError(f"{place / 'checkpoint.json'} has no {key!r}, which this training needs")
     old, recipe = numbers["recipe"], json.loads(json.dumps(recipe))  # in which tuples are lists
@@ -66,13 +68,38 @@ def load_checkpoint(
         shown = ", ".join(f"{key}: {old.get(key)!r} there, {recipe.get(key)!r} here" for key in sorted(different))
         raise GMError(f"{place} was written with another recipe ({shown}); resume with the same one")
     for name, part in state.items():
-        tensors = read_tensors(place / f"{name}.safetensors")
+        path = place / f"{name}.safetensors"
+        if file_digest(path) != numbers["digests"].get(name):
+            raise GMError(f"{path} was changed, truncated or replaced after it was written")
+        tensors = read_tensors(path)
         try:
             _put_together(part, tensors, numbers[name])
-        except (KeyError, RuntimeError, ValueError, TypeError) as problem:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as problem:
             said = str(problem).strip().split("\n")[0]
             raise GMError(f"{place / name}.safetensors does not fit this training: {said}") from None
     return list(numbers["history"]), dict(numbers["decided"])
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the epochs that a folder's newest checkpoint has behind it; none where there is no checkpoint.
+
+    Raises:
+        GMError: the checkpoint is damaged.
+    """
+    found = _checkpoints(folder)
+    return _numbers(found[-1])["history"] if found else []
+
+
+def _numbers(place: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, of the kinds that every checkpoint has."""
+    path = place / "checkpoint.json"
+    numbers = unsealed(read_json(path), path)
+    for key, kind in (("history", list), ("recipe", dict), ("decided", dict), ("digests", dict)):
+        if not isinstance(numbers.get(key), kind):
+            raise GMError(f"{path}: {key!r} must be of type {kind.__name__}, not {shown(numbers.get(key))}")
+    if not all(isinstance(row, dict) for row in numbers["history"]):
+        raise GMError(f"{path}: 'history' must hold an object for each epoch")
+    return numbers
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -15,6 +16,20 @@ class GMError(ValueError):
     """
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """A value as Python writes it, cut in the middle where it is long or holds much, for an error message.
+
+    >>> shown("C4"), shown("x" * 1000, 12)
+    ("'C4'", "'xxx...xxxx'")
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a {type(value).__name__} that holds an integer of very many digits"
+
+
 def nearest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """The `count` known names most like `name`, as one phrase for an error message.
 
@@ -22,5 +37,5 @@ def nearest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:
     "'layer1.conv2', 'layer1.conv1', 'fc'"
     """
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.0)
+    close = difflib.get_close_matches(name[:200], names, n=count, cutoff=0.0)  # whose time grows with the length
     return ", ".join(repr(each) for each in close) or "(there are none)"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import GMError
-from .files import new_file, read_tensors, write_tensors
+from .files import new_file, read_tensors, usable, write_tensors
 from .layers import GMLayer
 from .pipeline import densify
 from .reporting import Result
@@ -81,7 +81,7 @@ def export(
     ...     export(small, f"{folder}/small.safetensors", torch.zeros(2, 8), format="dense").batches
     (1, 3)
     """
-    target = _target(Path(path), format)
+    target = _target(usable(path), format)
     if isinstance(model, Result):
         inputs = model.inputs if inputs is None else inputs
         model = model.model

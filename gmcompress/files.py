@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +18,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import GMError
+from .errors import GMError, shown
 
-MAX_JSON = 64 << 20  # bytes
+MAX_JSON = 16 << 20  # characters or bytes; in memory, empty lists take thirty times as many
+MAX_NESTED = 32  # objects and lists inside each other
+MAX_DIGITS = 40  # of an integer
+MAX_HEADER = 4 << 20  # bytes of the names and shapes in a safetensors file
+MAX_SIDE = 1 << 40  # numbers along one axis of a tensor
+
+
+def usable(given: str | Path) -> Path:
+    """A path that the system understands, whether or not there is something.
+
+    Raises:
+        GMError: it is no path, or one of too many characters or of such as no name may hold.
+    """
+    try:
+        path = Path(given)
+        path.stat()
+    except (TypeError, ValueError):  # a null byte, or half a character
+        raise GMError(f"{shown(given)} is no path; give one as text, without null characters") from None
+    except OSError as problem:
+        if problem.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise GMError(f"{shown(given)} cannot be a path: {problem.strerror}") from None
+    return path
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name that nothing has, in the same folder."""
+    return usable(path).with_name(f".{path.name[:60]}.{uuid.uuid4().hex[:8]}")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, flush it to the disk and rename it there.
 
     Raises:
-        GMError: the folder does not exist or cannot be written to.
+        GMError: the folder does not exist or cannot be written to, or the text holds what is no character.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    beside = _beside(path)
     try:
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
@@ -37,6 +65,10 @@ def write_text(path: Path, text: str) -> None:
     except OSError as problem:
         beside.unlink(missing_ok=True)
         raise GMError(f"cannot write {path}: {problem.strerror}") from None
+    except UnicodeEncodeError as problem:
+        beside.unlink(missing_ok=True)
+        bad = shown(problem.object[problem.start : problem.end])
+        raise GMError(f"cannot write {path}: {bad} in the text is no character; a name given may hold it") from None
 
 
 @contextmanager
@@ -46,9 +78,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         GMError: `path` is a file, or cannot be created.
     """
-    if path.exists() and not path.is_dir():
+    if usable(path).exists() and not path.is_dir():
         raise GMError(f"{path} is a file; a folder is needed")
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    beside = _beside(path)
     try:
         beside.mkdir(parents=True)
     except OSError as problem:
@@ -77,7 +109,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         GMError: the folder does not exist or cannot be written to.
     """
-    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    folder = _beside(path)
     try:
         folder.mkdir()
         yield folder / path.name
@@ -113,16 +145,61 @@ def read_json(path: Path) -> dict[str, Any]:
         GMError: the file is missing, too large, not JSON, or holds no object.
     """
     try:
-        if path.stat().st_size > MAX_JSON:
+        if usable(path).stat().st_size > MAX_JSON:
             raise GMError(f"{path} has {path.stat().st_size:,} bytes; a description has at most {MAX_JSON:,}")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise GMError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
+    except (OSError, UnicodeDecodeError) as problem:
         raise GMError(f"{path} is not readable as JSON: {problem}") from None
     if not isinstance(found, dict):
         raise GMError(f"{path} must hold a JSON object, not a {type(found).__name__}")
     return found
+
+
+def parse_json(text: str, what: str = "this") -> Any:
+    """What a JSON text holds, `what` in messages; NaN and Infinity are taken, as Python writes them.
+
+    Raises:
+        GMError: it is not JSON, is too large or nested too deeply, names a field twice, or holds an enormous integer or
+            half a character.
+
+    >>> parse_json('{"a": [1, 2.5]}')
+    {'a': [1, 2.5]}
+    """
+    if not isinstance(text, str):
+        raise GMError(f"{what} is not readable as JSON, which is text, not {type(text).__name__}")
+    if len(text) > MAX_JSON:
+        raise GMError(f"{what} has {len(text):,} characters; a description has at most {MAX_JSON:,}")
+    try:
+        found = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except (ValueError, RecursionError) as problem:
+        raise GMError(f"{what} is not readable as JSON: {problem}") from None
+    inside, depth = [found], 0
+    while inside:
+        if depth > MAX_NESTED:
+            raise GMError(f"{what} is not readable as JSON: more than {MAX_NESTED} objects and lists inside each other")
+        held = [each.values() if isinstance(each, dict) else each for each in inside if isinstance(each, dict | list)]
+        inside, depth = [each for values in held for each in values], depth + 1
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as problem:
+        raise GMError(f"{what} is not readable as JSON: half a character in a string ({problem.reason})") from None
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {shown(twice)} stands twice in one object")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"{digits[:12]}... has {len(digits)} digits")
+    return int(digits)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -143,12 +220,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         GMError: the file is missing, truncated, or not safetensors.
     """
-    if not path.is_file():
+    if not usable(path).is_file():
         raise GMError(f"{path} does not exist")
     try:
+        _check_header(path)
         return load_file(path)
-    except (OSError, SafetensorError, KeyError, ValueError) as problem:
+    except (GMError, OSError, SafetensorError, KeyError, ValueError) as problem:
         raise GMError(f"{path} is no complete safetensors file: {problem}") from None
+    except MemoryError:
+        raise GMError(f"{path} has {path.stat().st_size:,} bytes, for which there is not enough memory") from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuse sizes that torch cannot hold, and so many names that reading them takes minutes.
+
+    Raises:
+        GMError: the file declares such.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER:
+            raise GMError(f"its header is to have {size:,} bytes; at most {MAX_HEADER:,} are read")
+        header = parse_json(file.read(size).decode("utf-8"))
+    entries = [] if not isinstance(header, dict) else [header[name] for name in header if name != "__metadata__"]
+    shapes = [each.get("shape") for each in entries if isinstance(each, dict)]
+    if any(isinstance(side, int) and side > MAX_SIDE for shape in shapes if isinstance(shape, list) for side in shape):
+        raise GMError(f"a tensor is to have more than {MAX_SIDE:,} numbers along an axis")
 
 
 def file_digest(path: Path) -> str:
@@ -157,7 +254,7 @@ def file_digest(path: Path) -> str:
     Raises:
         GMError: the file does not exist.
     """
-    if not path.is_file():
+    if not usable(path).is_file():
         raise GMError(f"{path} does not exist")
     running = hashlib.sha256()
     with open(path, "rb") as file:
@@ -169,3 +266,20 @@ def file_digest(path: Path) -> str:
 def json_digest(content: Mapping[str, Any]) -> str:
     """The SHA-256 of an object's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with its own digest as a further field."""
+    return {**content, "digest": json_digest(content)}
+
+
+def unsealed(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What was sealed, without its digest.
+
+    Raises:
+        GMError: the digest is another, or there is none.
+    """
+    inside = {key: value for key, value in content.items() if key != "digest"}
+    if content.get("digest") != json_digest(inside):
+        raise GMError(f"{path} was changed after it was written: its digest does not match")
+    return inside

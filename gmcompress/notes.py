@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .errors import GMError
-from .files import json_digest, read_json, read_tensors, write_json, write_tensors
+from .files import (
+    file_digest,
+    json_digest,
+    read_json,
+    read_tensors,
+    sealed,
+    unsealed,
+    usable,
+    write_json,
+    write_tensors,
+)
 
 KEY = "notes.json"
 
@@ -25,7 +35,7 @@ class Notes:
     """
 
     def __init__(self, folder: str | Path | None, key: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else usable(folder)
         if self.folder is None:
             return
         path = self.folder / KEY
@@ -42,12 +52,21 @@ class Notes:
         write_json(path, dict(key))
 
     def read(self, kind: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Facts and tensors of an entry; None where it is not there."""
+        """Facts and tensors of an entry; None where it is not there.
+
+        Raises:
+            GMError: the entry was changed after it was written.
+        """
         if self.folder is None or not (path := self._path(kind, name)).is_file():
             return None
-        facts = read_json(path)
-        tensors = read_tensors(path.with_suffix(".safetensors")) if facts.pop("tensors") else {}
-        return facts, tensors
+        facts = unsealed(read_json(path), path)
+        digest = facts.pop("tensors", None)
+        if digest is None:
+            return facts, {}
+        beside = path.with_suffix(".safetensors")
+        if file_digest(beside) != digest:
+            raise GMError(f"{beside} was changed, truncated or replaced after it was written; give another folder")
+        return facts, read_tensors(beside)
 
     def write(
         self, kind: str, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
@@ -56,9 +75,12 @@ class Notes:
         if self.folder is None:
             return
         path = self._path(kind, name)
+        digest = None
         if tensors:
-            write_tensors(path.with_suffix(".safetensors"), {key: each.cpu() for key, each in tensors.items()})
-        write_json(path, {**facts, "tensors": bool(tensors)})
+            beside = path.with_suffix(".safetensors")
+            write_tensors(beside, {key: each.cpu() for key, each in tensors.items()})
+            digest = file_digest(beside)
+        write_json(path, sealed({**facts, "tensors": digest}))
 
     def _path(self, kind: str, name: str) -> Path:
         assert self.folder is not None

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from math import gcd, isfinite, prod
 from typing import Any
 
-from torch import nn
-
-from .errors import GMError, nearest_names
+from .errors import GMError, nearest_names, shown
+from .files import parse_json
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
 from .layers import COUNTERPARTS
+from .rules import Rule, Rules, listed, matching, told
 from .structure import Structure
 from .surgery import Site, kind_of
 from .tables import percent, table_text
 
-Rule = str | type[nn.Module]
-Rules = Rule | Sequence[Rule]
+MAX_COUNT = 1 << 40  # of numbers in a weight or a model
+
 Override = str | Group | Structure | None
 
 
@@ -44,7 +43,11 @@ class Plan:
 
     def site(self, name: str) -> Site:
         """The facts about one layer."""
-        return next(site for site in self.sites if site.name == name)
+        return self._named[name]
+
+    @cached_property
+    def _named(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
 
     def stored(self, name: str) -> int:
         """Numbers stored for the weight of a compressed layer."""
@@ -136,11 +139,7 @@ class Plan:
         Raises:
             GMError: not JSON, a field is missing or of the wrong type, or a structure does not fit its layer.
         """
-        try:
-            found = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as problem:
-            raise GMError(f"a plan is JSON, but this is not: {problem}") from None
-        return cls.from_dict(found)
+        return cls.from_dict(parse_json(text, "a plan"))
 
     @classmethod
     def from_dict(cls, found: object) -> Plan:
@@ -150,13 +149,15 @@ class Plan:
             raise GMError(f"a plan is an object with the fields {', '.join(wanted)}")
         sites = tuple(_site_from(each) for each in _expect(found["sites"], list, "sites"))
         shapes = {site.name: site for site in sites}
+        if len(shapes) < len(sites):
+            raise GMError("in a plan, every site has a name of its own")
         layers = _strings(found["layers"], "layers")
         for name, text in layers.items():
             if name not in shapes:
                 raise GMError(f"the plan gives a structure to {name[:80]!r}, which is not among its sites")
             _literal(shapes[name], Structure.parse(text))
         skipped = _strings(found["skipped"], "skipped")
-        total = _expect(found["model_parameters"], int, "model_parameters")
+        total = _count(found["model_parameters"], "model_parameters")
         optimum = _optimum_from(found.get("optimum"))
         return cls(_expect(found["group"], str, "group"), layers, skipped, sites, total, optimum)
 
@@ -169,6 +170,12 @@ def _optimum_line(optimum: Mapping[str, float | str]) -> str:
 def _expect(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise GMError(f"in a plan, {what} must be of type {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _count(value: Any, what: str) -> int:
+    if not 0 <= _expect(value, int, what) <= MAX_COUNT:
+        raise GMError(f"in a plan, {what} must be from 0 to {MAX_COUNT}, not {shown(value)}")
     return value
 
 
@@ -185,23 +192,26 @@ def _optimum_from(value: Any) -> dict[str, float | str] | None:
 
 
 def _strings(value: Any, what: str) -> dict[str, str]:
-    return {name: _expect(text, str, f"{what}[{name[:80]!r}]") for name, text in _expect(value, dict, what).items()}
+    found = _expect(value, dict, what)
+    return {
+        _expect(name, str, f"a name in {what}"): _expect(found[name], str, f"{what}[{shown(name)}]") for name in found
+    }
 
 
 def _site_from(value: Any) -> Site:
     names = [field.name for field in fields(Site)]
     if set(_expect(value, dict, "a site")) != set(names):
         raise GMError(f"in a plan, a site is an object with the fields {', '.join(names)}")
-    shape = tuple(_expect(each, int, "an entry of a shape") for each in _expect(value["shape"], list, "a shape"))
-    if len(shape) < 2 or min(shape) < 1 or prod(shape) > 1 << 40:
-        raise GMError(f"in a plan, {list(shape)[:8]} is not the shape of a weight")
+    shape = tuple(_count(each, "an entry of a shape") for each in _expect(value["shape"], list, "a shape"))
+    if not 2 <= len(shape) <= 8 or min(shape) < 1 or prod(shape) > MAX_COUNT:
+        raise GMError(f"in a plan, {shown(list(shape))} is not the shape of a weight")
     aliases = tuple(_expect(each, str, "an alias") for each in _expect(value["aliases"], list, "aliases"))
-    calls = value["calls"] if value["calls"] is None else _expect(value["calls"], int, "calls")
-    texts = {key: _expect(value[key], str, key) for key in ("name", "kind", "role", "obstacle")}
-    conv_groups = _expect(value["conv_groups"], int, "conv_groups")
+    calls = value["calls"] if value["calls"] is None else _count(value["calls"], "calls")
+    texts: dict[str, Any] = {key: _expect(value[key], str, key) for key in ("name", "kind", "role", "obstacle")}
+    conv_groups = _count(value["conv_groups"], "conv_groups")
     if conv_groups < 1 or shape[0] % conv_groups:
         raise GMError(f"in a plan, {shape[0]} rows cannot be in {conv_groups} convolution groups")
-    counts = {"conv_groups": conv_groups, "parameters": _expect(value["parameters"], int, "parameters")}
+    counts: dict[str, Any] = {"conv_groups": conv_groups, "parameters": _count(value["parameters"], "parameters")}
     return Site(shape=shape, aliases=aliases, calls=calls, **texts, **counts)
 
 
@@ -281,7 +291,7 @@ def eligible(
     free, prescribed, skipped = [], {}, {}
     for site in sites:
         reason = _left_out(site, rules)
-        overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
+        overriding = rules.first(rules.overrides, site)
         if reason:
             skipped[site.name] = reason
         elif overriding is not None:
@@ -296,10 +306,10 @@ def eligible(
 def _tied(free: Sequence[Site], sites: Sequence[Site], ties: Sequence[Rules]) -> tuple[tuple[str, ...], ...]:
     found = []
     for each in ties:
-        rules = _Rules(sites, each, (), {}).include
+        rules = _Rules(sites, each, (), {})
         groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for site in free:
-            if any(matches(rule, site) for rule in rules):
+            if rules.first(rules.include, site) is not None:
                 groups.setdefault((site.name.rpartition(".")[0], site.shape), []).append(site.name)
         found += [tuple(names) for names in groups.values() if len(names) > 1]
     return tuple(found)
@@ -307,17 +317,17 @@ def _tied(free: Sequence[Site], sites: Sequence[Site], ties: Sequence[Rules]) ->
 
 def _left_out(site: Site, rules: _Rules) -> str:
     """Why a site stays dense whatever the group or the budget; "" where it need not."""
-    excluding = next((rule for rule in rules.exclude if matches(rule, site)), None)
+    excluding = rules.first(rules.exclude, site)
     if excluding is not None:
-        return f"excluded by {_shown(excluding)}"
+        return f"excluded by {told(excluding)}"
     if site.kind not in {kind_of(each) for each in COUNTERPARTS}:
         return f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}"
     if site.obstacle:
         return site.obstacle
-    overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
+    overriding = rules.first(rules.overrides, site)
     if overriding is not None:
-        return f"left dense by the override {_shown(overriding)}" if rules.overrides[overriding] is None else ""
-    if site.role and not any(matches(rule, site) for rule in rules.include):
+        return f"left dense by the override {told(overriding)}" if rules.overrides[overriding] is None else ""
+    if site.role and rules.first(rules.include, site) is None:
         return f"it is the {site.role}, left dense unless include names it"
     return ""
 
@@ -334,38 +344,15 @@ class _Rules:
     def __init__(
         self, sites: Sequence[Site], include: Rules, exclude: Rules, overrides: Mapping[Rule, Override]
     ) -> None:
-        self.include, self.exclude, self.overrides = _listed(include), _listed(exclude), dict(overrides)
-        for rule in (*self.include, *self.exclude, *self.overrides):
-            if not any(matches(rule, site) for site in sites):
-                shown = rule if isinstance(rule, str) else rule.__name__
-                known = [site.name for site in sites] if isinstance(rule, str) else {site.kind for site in sites}
-                raise GMError(f"the rule {shown!r} matches no layer; the nearest are {nearest_names(shown, known)}")
+        if not isinstance(overrides, Mapping):
+            raise GMError(f'overrides map rules to structures, as {{"fc": None}}, not {shown(overrides)}')
+        self.include, self.exclude, self.overrides = listed(include), listed(exclude), dict(overrides)
+        every = (*self.include, *self.exclude, *listed(list(overrides)))
+        self._names = {rule: matching(rule, sites) for rule in every}
 
-
-def _listed(rules: Rules) -> list[Rule]:
-    listed = [rules] if isinstance(rules, str | type) else list(rules)
-    for rule in listed:
-        if not (isinstance(rule, str) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
-            raise GMError(f'a rule is a glob, a "re:" pattern or a module type, not {rule!r}')
-    return listed
-
-
-def matches(rule: Rule, site: Site) -> bool:
-    """Whether a rule names a site: by any of its names, or by its exact type.
-
-    Raises:
-        GMError: a regular expression is malformed.
-    """
-    if not isinstance(rule, str):
-        return kind_of(rule) == site.kind
-    names = (site.name, *site.aliases)
-    if not rule.startswith("re:"):
-        return any(fnmatch.fnmatchcase(name, rule) for name in names)
-    try:
-        pattern = re.compile(rule[3:])
-    except re.error as problem:
-        raise GMError(f"the rule {rule!r} is no regular expression: {problem}") from None
-    return any(pattern.fullmatch(name) for name in names)
+    def first(self, rules: Iterable[Rule], site: Site) -> Rule | None:
+        """The first of these rules that names a site."""
+        return next((rule for rule in rules if site.name in self._names[rule]), None)
 
 
 def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Structure | str:
@@ -373,7 +360,7 @@ def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Struc
     reason = _left_out(site, rules)
     if reason:
         return reason
-    overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
+    overriding = rules.first(rules.overrides, site)
     wanted, ranked = default, True  # ranked: the residual is the default one, not written out in an override
     if overriding is not None:
         value = rules.overrides[overriding]
@@ -388,10 +375,6 @@ def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Struc
     if ranked and wanted.lowrank and len(site.shape) == 4 and min(site.shape[2:]) > 1:
         wanted = replace(wanted, split=True)  # nearer to trained kernels than rows × columns·taps, at fewer numbers
     return _fitted(site, wanted)
-
-
-def _shown(rule: Rule) -> str:
-    return repr(rule) if isinstance(rule, str) else rule.__name__
 
 
 def _fitted(site: Site, wanted: Structure) -> Structure | str:

@@ -6,17 +6,37 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
-from .errors import GMError
-from .files import write_text
+from .errors import GMError, shown
+from .files import parse_json, usable, write_text
 from .metrics import Metrics
 from .pages import render_html
 from .planning import Plan
 from .surgery import Inputs
 from .tables import percent, table_text
+
+LAYER: dict[str, Any] = {"layer": str, "structure": str, "dense": int, "stored": int}  # kinds of what every row holds
+LAYER |= {"relative_error": float, "svd_error": float}
+LAYER |= dict.fromkeys(("distance_before", "distance_compressed", "distance_tuned"), float | None)
+
+
+def _check_kinds(given: Any, kinds: Mapping[str, Any], what: str) -> None:
+    """Refuse what is no object with these fields of these kinds; a float may be written as an integer.
+
+    Raises:
+        GMError: it is not, with the field.
+    """
+    if not isinstance(given, dict):
+        raise GMError(f"in a report, {what} must be an object, not {type(given).__name__}")
+    for name, kind in kinds.items():
+        value = given.get(name)
+        fitting = isinstance(value, kind | int if kind in (float, float | None) else kind)
+        if name not in given or not fitting or isinstance(value, bool):
+            words = getattr(kind, "__name__", str(kind))
+            raise GMError(f"in a report, {name} of {what} must be of type {words}, not {shown(value)}")
 
 
 def _decimal(value: float | None) -> str:
@@ -119,17 +139,24 @@ class Report:
         Raises:
             GMError: it is not the JSON of a report.
         """
-        try:
-            found = json.loads(text)
-            names = {each.name for each in fields(cls)}
-            if not isinstance(found, dict) or set(found) != names:
-                raise GMError(f"a report is an object with the fields {', '.join(sorted(names))}")
-            found["plan"] = Plan.from_dict(found["plan"])
-            found["before"], found["after"] = Metrics(**found["before"]), Metrics(**found["after"])
-            found["layers"], found["history"] = tuple(found["layers"]), tuple(found["history"])
-            return cls(**found)
-        except (json.JSONDecodeError, RecursionError, TypeError) as problem:
-            raise GMError(f"this is not the JSON of a report: {problem}") from None
+        found = parse_json(text, "a report")
+        names = [each.name for each in fields(cls)]
+        if not isinstance(found, dict) or set(found) != set(names):
+            raise GMError(f"a report is an object with the fields {', '.join(names)}")
+        _check_kinds(found, {"model": str, "layers": list, "accuracy": dict, "history": list, "settings": dict}, "it")
+        for row in found["layers"]:
+            _check_kinds(row, LAYER, "a layer")
+        for row in found["history"]:
+            _check_kinds(row, {}, "an epoch")
+        _check_kinds(found["accuracy"], dict.fromkeys(found["accuracy"], float), "accuracy")
+        for each in ("before", "after"):
+            kinds = get_type_hints(Metrics)
+            _check_kinds(found[each], kinds, each)
+            if (found[each]["latency_ms"] is None) != (found[each]["latency_spread_ms"] is None):
+                raise GMError(f"in a report, {each} has a latency without its spread, or a spread alone")
+            found[each] = Metrics(**{name: found[each][name] for name in kinds})
+        found |= {"layers": tuple(found["layers"]), "history": tuple(found["history"])}
+        return cls(**found | {"plan": Plan.from_dict(found["plan"])})
 
     def to_html(self) -> str:
         """The report as one self-contained page."""
@@ -141,7 +168,7 @@ class Report:
         Raises:
             GMError: another suffix, or the file cannot be written.
         """
-        path = Path(path)
+        path = usable(path)
         writers = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}
         if path.suffix not in writers:
             raise GMError(f"a report is saved as {', '.join(writers)}, not as {path.name!r}")

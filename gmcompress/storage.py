@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import GMError, nearest_names
-from .files import file_digest, json_digest, new_folder, read_json, read_tensors, write_json, write_tensors
+from .errors import GMError, nearest_names, shown
+from .files import file_digest, new_folder, read_json, read_tensors, sealed, unsealed, usable, write_json, write_tensors
 from .layers import GMLayer, counterpart
 from .planning import Plan
 from .reporting import Result
@@ -28,6 +28,7 @@ from .surgery import Inputs, check_model, get_modules, replace, run, shell
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CHECK = "gmcompress.json", "model.safetensors", "check.safetensors"
+OWN_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}  # name files
 FIELDS = {"format", "versions", "source", "layers", "plan", "dtypes", "aliases", "check", "digests", "digest"}
 
 
@@ -52,6 +53,7 @@ def save(
         inputs = model.inputs if inputs is None else inputs
         model = model.model
     check_model(model)
+    usable(folder)
     if source is not None and not source.startswith("timm:"):
         raise GMError(f'a source is "timm:" and the name of a model, not {source!r}')
     tensors, aliases = _distinct(model)
@@ -76,7 +78,7 @@ def save(
         write_tensors(beside / WEIGHTS, tensors)
         write_tensors(beside / CHECK, pair)
         content["digests"] = {name: file_digest(beside / name) for name in (WEIGHTS, CHECK)}
-        write_json(beside / DESCRIPTION, content | {"digest": json_digest(content)})
+        write_json(beside / DESCRIPTION, sealed(content))
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -109,22 +111,22 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
 
 def _description(place: Path) -> dict[str, Any]:
     """The description of a folder, all digests checked."""
-    path = place / DESCRIPTION
+    path = usable(place) / DESCRIPTION
     if not path.is_file():
         raise GMError(f"{place} is no folder of a compressed model: it has no {DESCRIPTION}")
     content = read_json(path)
     if content.get("format") != FORMAT:
-        raise GMError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+        raise GMError(f"{path} has format {shown(content.get('format'))}; this version reads format {FORMAT}")
     if set(content) != FIELDS:
         raise GMError(f"{path} lacks or adds fields: {', '.join(sorted(set(content) ^ FIELDS))}")
-    if content["digest"] != json_digest({key: value for key, value in content.items() if key != "digest"}):
-        raise GMError(f"{path} was changed after it was written: its digest does not match")
+    content = unsealed(content, path)
+    for key, kind in (("layers", dict), ("dtypes", dict), ("aliases", dict), ("check", list), ("digests", dict)):
+        held = content[key].values() if isinstance(content[key], dict) else content[key]
+        if not isinstance(content[key], kind) or not all(isinstance(each, str) for each in held):
+            raise GMError(f"{path}: {key!r} must be of type {kind.__name__} and hold texts")
     for name in (WEIGHTS, CHECK):
         if file_digest(place / name) != content["digests"].get(name):
             raise GMError(f"{place / name} was changed, truncated or replaced after it was written")
-    for key, kind in (("layers", dict), ("dtypes", dict), ("aliases", dict), ("check", list), ("digests", dict)):
-        if not isinstance(content[key], kind):
-            raise GMError(f"{path}: {key!r} must be of type {kind.__name__}")
     if content["plan"] is not None:
         content["plan"] = Plan.from_dict(content["plan"])
     return content
@@ -214,14 +216,18 @@ def _built(source: Any, place: Path) -> nn.Module:
     name = source.get("name") if isinstance(source, dict) else None
     options = source.get("options") if isinstance(source, dict) else None
     if not isinstance(name, str) or not name.startswith("timm:") or not isinstance(options, dict):
-        raise GMError(f"{place / DESCRIPTION}: the source {source!r} is not understood")
+        raise GMError(f"{place / DESCRIPTION}: the source {shown(source)} is not understood")
+    if unwanted := sorted(OWN_OPTIONS & set(options)):
+        raise GMError(
+            f"{place / DESCRIPTION}: a source may not say {', '.join(unwanted)}; the weights are in {WEIGHTS}"
+        )
     name = name.removeprefix("timm:")
     if not timm.is_model(name):
         raise GMError(f"{place} needs timm's model {name[:80]!r}, which this timm ({timm.__version__}) does not know")
     try:
         return timm.create_model(name, pretrained=False, **options)
     except Exception as problem:
-        raise GMError(f"timm cannot build {name!r} with {options}: {problem}") from problem
+        raise GMError(f"timm cannot build {name!r} with {shown(options)}: {problem}") from problem
 
 
 def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], place: Path) -> nn.Module:
@@ -251,6 +257,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
         found = tensors.get(aliases.get(name, name))
         if found is None or str(found.dtype).removeprefix("torch.") != content["dtypes"].get(aliases.get(name, name)):
             raise GMError(f"{place / WEIGHTS}: {name!r} is missing or of another dtype than {DESCRIPTION} says")
+        if found.dtype != target.dtype and not (found.is_floating_point() and target.is_floating_point()):
+            raise GMError(f"{place / WEIGHTS}: {name!r} is of {found.dtype}, but in the model of {target.dtype}")
         if found.shape != target.shape:
             shapes = f"{tuple(found.shape)} there, {tuple(target.shape)} in the model"
             raise GMError(f"{place / WEIGHTS} was saved from another model: {name!r} has shape {shapes}")
@@ -274,10 +282,14 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
             f"{place}: the loaded model's outputs have other shapes than the saved one's; is it the same model?"
         )
     for new, old in zip(found, wanted, strict=True):
-        new, old = new.detach().cpu().double(), old.double()
+        if new.is_complex() != old.is_complex():
+            raise GMError(f"{place}: the loaded model's outputs are of {new.dtype}, the saved one's of {old.dtype}")
+        wide = torch.complex128 if new.is_complex() else torch.float64
+        new, old = new.detach().cpu().to(wide), old.to(wide)
         scale = max(float(old.abs().max()) if old.numel() else 0.0, 1e-12)
         worst = float((new - old).abs().max()) / scale if old.numel() else 0.0
-        limit = math.sqrt(torch.finfo(wanted[0].dtype).eps) if wanted[0].is_floating_point() else 0.0
+        exact = not (wanted[0].is_floating_point() or wanted[0].is_complex())
+        limit = 0.0 if exact else math.sqrt(torch.finfo(wanted[0].dtype).eps)
         if not worst <= limit:
             raise GMError(
                 f"{place}: on the stored inputs the loaded model's outputs differ by {worst:.2g} of their size "

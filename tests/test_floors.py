@@ -13,7 +13,7 @@ FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg"),
     ("structure", "surgery", "checkpoints", "budgets", "notes"),
-    ("factors", "layers", "selection", "calibration"),
+    ("factors", "layers", "selection", "calibration", "rules"),
     ("fitting",),
     ("projection",),
     ("planning", "candidates", "metrics", "tuning", "data", "pages"),

@@ -10,7 +10,7 @@ import zoo
 from torch import nn
 
 import gmcompress as gm
-from gmcompress.planning import matches
+from gmcompress.rules import matching
 from gmcompress.surgery import trace
 
 
@@ -185,10 +185,12 @@ def test_damaged_plans_are_refused(text):
 
 def test_matching_is_exact_about_types_and_whole_names():
     site = trace(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))[0]
-    assert matches("0", site)
-    assert not matches("re:", site)
-    assert matches(nn.Linear, site)
-    assert not matches(nn.Module, site)
+    assert matching("0", [site]) == {site.name}
+    with pytest.raises(gm.GMError, match="matches no layer"):
+        matching("re:", [site])
+    assert matching(nn.Linear, [site]) == {site.name}
+    with pytest.raises(gm.GMError, match="'Module' matches no layer"):
+        matching(nn.Module, [site])
 
 
 def test_a_plan_prints_as_a_table():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import GMError
+from ..files import usable
 from ..reporting import Report
 from ..runs import (
     BUDGETS,
@@ -127,7 +128,7 @@ def _settings(given: Given) -> Given:
 
 def _output(given: Given) -> Path:
     name = str(given.get("model") or "model").rsplit("/", 1)[-1].replace(":", "-")
-    folder = Path(given.get("output") or f"gmcompress-{name}")
+    folder = usable(given.get("output") or f"gmcompress-{name}")
     return folder / given["experiment"] if given.get("experiment") else folder
 
 
@@ -206,7 +207,7 @@ def _place(given: Given) -> tuple[Path, bool]:
     resumed = given.get("resume")
     if resumed and (given.get("output") or given.get("experiment")):
         raise GMError("--resume FOLDER goes on in that folder, so --output and --experiment do not go with it")
-    return (Path(resumed), True) if resumed else (_output(given), False)
+    return (usable(resumed), True) if resumed else (_output(given), False)
 
 
 def _validate(given: Given, progress: Progress) -> Answer:

@@ -11,7 +11,12 @@ from ..errors import GMError
 from .group import MAX_ORDER, Group, from_permutations
 
 
-def _check_size(name: str, order: int) -> None:
+def check_size(name: str, order: int) -> None:
+    """Refuse an order that is too large, before anything of that size is made.
+
+    Raises:
+        GMError: it is above 4096.
+    """
     if order > MAX_ORDER:
         raise GMError(f"{name} has order {order}; groups of order up to {MAX_ORDER} are supported")
 
@@ -28,7 +33,7 @@ def cyclic(n: int) -> Group:
     [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
     """
     _check_natural("C", n, 1)
-    _check_size(f"C{n}", n)
+    check_size(f"C{n}", n)
     every = np.arange(n)
     return Group((every[:, None] + every) % n, f"C{n}")
 
@@ -40,7 +45,7 @@ def dihedral(n: int) -> Group:
     8
     """
     _check_natural("D", n, 1)
-    _check_size(f"D{n}", 2 * n)
+    check_size(f"D{n}", 2 * n)
     inversion = (-np.arange(n)) % n
     return semidirect(cyclic(n), cyclic(2), [np.arange(n), inversion], name=f"D{n}")
 
@@ -52,7 +57,7 @@ def quaternion(n: int = 8) -> Group:
     [1, 4, 4, 4, 2, 4, 4, 4]
     """
     _check_natural("Q", n, 4)
-    _check_size(f"Q{n}", n)
+    check_size(f"Q{n}", n)
     if n % 4:
         raise GMError(f"Qn needs an n divisible by 4, not {n}")
     half = n // 2
@@ -69,7 +74,7 @@ def symmetric(n: int) -> Group:
     24
     """
     _check_natural("S", n, 1)
-    _check_size(f"S{n}", int(np.prod(np.arange(1, min(n, 20) + 1), dtype=object)))
+    check_size(f"S{n}", int(np.prod(np.arange(1, min(n, 20) + 1), dtype=object)))
     cycle, swap = tuple((x + 1) % n for x in range(n)), (1, 0, *range(2, n))
     return from_permutations([cycle, swap[:n]] if n > 1 else [(0,)], name=f"S{n}")
 
@@ -81,7 +86,7 @@ def alternating(n: int) -> Group:
     12
     """
     _check_natural("A", n, 1)
-    _check_size(f"A{n}", int(np.prod(np.arange(1, min(n, 20) + 1), dtype=object)) // 2)
+    check_size(f"A{n}", int(np.prod(np.arange(1, min(n, 20) + 1), dtype=object)) // 2)
     cycles = [tuple({0: 1, 1: k, k: 0}.get(x, x) for x in range(n)) for k in range(2, n)]
     return from_permutations(cycles or [tuple(range(n))], name=f"A{n}")
 
@@ -89,19 +94,23 @@ def alternating(n: int) -> Group:
 def direct(*groups: Group) -> Group:
     """The direct product; element index is mixed radix, the first factor slowest, as in a Kronecker product.
 
+    Trivial factors leave no trace, so a product of order n has at most log₂ n factors however often it is repeated.
+
     >>> direct(cyclic(2), cyclic(3)).is_abelian
     True
     """
     if not groups:
         raise GMError("a direct product needs at least one group")
-    factors = tuple(leaf for each in groups for leaf in (each.factors or (each,)))
-    _check_size("this direct product", int(np.prod([each.order for each in factors], dtype=object)))
+    factors = tuple(leaf for each in groups for leaf in (each.factors or (each,)) if leaf.order > 1)
+    if len(factors) < 2:
+        return factors[0] if factors else groups[0]
+    check_size("this direct product", int(np.prod([each.order for each in factors], dtype=object)))
     table = np.zeros((1, 1), dtype=np.int64)
     for each in factors:
         n, m = len(table), each.order
         table = (table[:, None, :, None] * m + each.table[None, :, None, :]).reshape(n * m, n * m)
     name = _product_name(factors) if all(each.name for each in factors) else ""
-    return Group(table, name, factors if len(factors) > 1 else ())
+    return Group(table, name, factors)
 
 
 def _product_name(factors: tuple[Group, ...]) -> str:
@@ -129,7 +138,7 @@ def semidirect(
     """
     phi = np.asarray(homomorphism)
     a, b = normal.order, acting.order
-    _check_size("this semidirect product", a * b)
+    check_size("this semidirect product", a * b)
     if phi.shape != (b, a) or not np.issubdtype(phi.dtype, np.integer):
         raise GMError(f"the homomorphism must be an integer array of shape {(b, a)}, not {phi.dtype} of {phi.shape}")
     for bad in np.flatnonzero((np.sort(phi, axis=1) != np.arange(a)).any(axis=1)):

@@ -14,6 +14,7 @@ from ..errors import GMError
 Indices = NDArray[np.int64]
 
 MAX_ORDER = 4096  # the table has order² entries: 128 MiB of int64 at this order
+MAX_GENERATORS = 64  # of permutations: one for each element but the identity, where a small table is written as them
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +179,8 @@ def from_permutations(generators: Sequence[Sequence[int]], *, name: str = "") ->
     generators applied from the left in the order given.
 
     Raises:
-        GMError: a generator is no permutation, their degrees differ, or the group has more than 4096 elements.
+        GMError: a generator is no permutation, their degrees differ, there are more than 64 of them, or the group has
+            more than 4096 elements.
 
     >>> from_permutations([(1, 2, 0), (1, 0, 2)]).order
     6
@@ -186,31 +188,42 @@ def from_permutations(generators: Sequence[Sequence[int]], *, name: str = "") ->
     given = [tuple(int(image) for image in each) for each in generators]
     if not given:
         raise GMError("a permutation group needs at least one generator")
+    if len(given) > MAX_GENERATORS:
+        few = f"at most {MAX_GENERATORS}; a group of order {MAX_ORDER} needs no more than {MAX_ORDER.bit_length() - 1}"
+        raise GMError(f"{len(given)} permutations are too many generators: {few}")
     degree = len(given[0])
     for each in given:
         if len(each) != degree or sorted(each) != list(range(degree)):
             raise GMError(f"{list(each)} is no permutation of 0 to {degree - 1}")
-    elements = [tuple(range(degree))]
-    index = {elements[0]: 0}
+    table = _composed(np.array(given, dtype=np.int32))
+    return Group(table, name or f"<{','.join(cycle_notation(each) for each in given)}>")
+
+
+def _composed(moves: NDArray[np.int32]) -> Indices:  # (generators, points) -> (n, n)
+    """The Cayley table of what permutations generate, elements numbered breadth first."""
+    elements = [np.arange(moves.shape[1], dtype=np.int32)]
+    index = {elements[0].tobytes(): 0}
     parents: list[tuple[int, int]] = [(0, 0)]  # element = generator · parent
-    at = 0
-    while at < len(elements):
-        for number, move in enumerate(given):
-            image = tuple(move[x] for x in elements[at])
-            if image not in index:
-                if len(elements) == MAX_ORDER:
+    left: list[list[int]] = []  # left[element][generator] is generator · element
+    while len(left) < len(elements):
+        images = moves[:, elements[len(left)]]
+        numbers = []
+        for number, image in enumerate(images):
+            found = index.setdefault(image.tobytes(), len(elements))
+            if found == len(elements):
+                if found == MAX_ORDER:
                     raise GMError(f"these permutations generate more than {MAX_ORDER} elements, which is too many")
-                index[image] = len(elements)
-                elements.append(image)
-                parents.append((number, at))
-        at += 1
-    left = np.array([[index[tuple(move[x] for x in each)] for each in elements] for move in given])
+                elements.append(image.copy())
+                parents.append((number, len(left)))
+            numbers.append(found)
+        left.append(numbers)
+    moved = np.array(left, dtype=np.int64)
     table = np.empty((len(elements), len(elements)), dtype=np.int64)
     table[0] = np.arange(len(elements))
     for element in range(1, len(elements)):
         number, parent = parents[element]
-        table[element] = left[number][table[parent]]
-    return Group(table, name or f"<{','.join(cycle_notation(each) for each in given)}>")
+        table[element] = moved[table[parent], number]
+    return table
 
 
 def cycle_notation(permutation: Sequence[int]) -> str:

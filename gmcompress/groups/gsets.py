@@ -125,8 +125,10 @@ def gset(group: Group, name: str) -> GSet:
     """
     if name == "G":
         return regular(group)
-    if match := re.fullmatch(r"G/<([0-9, ]*)>", name):
-        return cosets(group, [int(each) for each in match[1].split(",") if each.strip()])
+    if name.startswith("G/<") and name.endswith(">"):
+        given = [each.strip(" ") for each in name[3:-1].split(",")] if name[3:-1].strip(" ") else []
+        if all(re.fullmatch(r"[0-9]{1,6}", each) for each in given):
+            return cosets(group, map(int, given))
     if match := re.fullmatch(r"grid([0-9]{1,3})x([0-9]{1,3})", name):
         return grid(group, int(match[1]), int(match[2]))
     if match := re.fullmatch(r"fixed([0-9]{1,5})", name):

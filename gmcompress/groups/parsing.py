@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 
 from ..errors import GMError
-from .families import alternating, cyclic, dihedral, direct, quaternion, semidirect, symmetric
-from .group import Group, from_permutations
+from .families import alternating, check_size, cyclic, dihedral, direct, quaternion, semidirect, symmetric
+from .group import MAX_GENERATORS, Group, from_permutations
 
 FAMILIES: dict[str, Callable[[int], Group]] = {
     "C": cyclic,
@@ -45,7 +45,7 @@ def group(text: str | Group) -> Group:
     return _parse(text)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # a table has up to 128 MiB
 def _parse(text: str) -> Group:
     if len(text) > MAX_STRING:
         raise GMError(f"a group string of {len(text)} characters is too long; at most {MAX_STRING}")
@@ -155,6 +155,8 @@ class _Reader:
         generators = [self.cycles()]
         while self.take(","):
             generators.append(self.cycles())
+            if len(generators) > MAX_GENERATORS:
+                raise self.error(f"more than {MAX_GENERATORS} permutations")
         self.need(">", "',' or '>' after a permutation")
         degree = 1 + max(point for each in generators for cycle in each for point in cycle)
         return from_permutations([_images(each, degree) for each in generators])
@@ -189,9 +191,10 @@ def _images(cycles: list[list[int]], degree: int) -> list[int]:
 def _multiplier(normal: Group, acting: Group, k: int) -> Group:
     """Cn:Cm[k]: the generator of Cm acts on Cn as multiplication by k."""
     n, m = normal.order, acting.order
+    check_size(f"C{n}:C{m}[{k}]", n * m)
     if not (normal == cyclic(n) and acting == cyclic(m)):
         raise GMError(f"[{k}] as an action needs two cyclic groups, not {normal} and {acting}")
     if pow(k, m, n) != 1 % n:
         raise GMError(f"C{n}:C{m}[{k}]: {k}^{m} is {pow(k, m, n)} mod {n}, but it must be 1")
-    rows = [[pow(k, h, n) * x % n for x in range(n)] for h in range(m)]
-    return semidirect(normal, acting, rows, name=f"C{n}:C{m}[{k}]")
+    powers = np.array([pow(k, h, n) for h in range(m)])
+    return semidirect(normal, acting, np.outer(powers, np.arange(n)) % n, name=f"C{n}:C{m}[{k}]")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ..calibration import take
 from ..data import make_calibration_loader, make_loader
 from ..errors import GMError
+from ..files import usable
 from ..layers import GMLayer
 from ..metrics import measure_together
 from ..pipeline import check_plan, compress, make_plan, model_name
@@ -57,7 +58,7 @@ def compress_run(
         GMError: the folder holds something already, or nothing to resume; a setting, weights or images cannot be used.
             Nothing is written then, but for work on the layers that `resume` can go on from.
     """
-    place = Path(folder)
+    place = usable(folder)
     chosen = resumed(settings, place) if resume else absolute(Settings.read(settings))
     if not is_main():
         wait_for(place / REPORTS[-1])
@@ -143,7 +144,7 @@ def planned(
 
 def _plan_in(file: str, dense: nn.Module) -> Plan:
     try:
-        plan = Plan.from_json(Path(file).read_text(encoding="utf-8"))
+        plan = Plan.from_json(usable(file).read_text(encoding="utf-8"))
         check_plan(plan, dense)
     except (OSError, UnicodeDecodeError) as problem:
         said = problem.strerror if isinstance(problem, OSError) else problem
@@ -233,7 +234,7 @@ def read_report(folder: str | Path) -> Report:
     Raises:
         GMError: there is none, or it is no report.
     """
-    place = Path(folder)
+    place = usable(folder)
     candidates = [place, place / "report.json", place.parent / "report.json"]
     path = next((each for each in candidates if each.is_file() and each.suffix == ".json"), None)
     if path is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..data import make_loaders
+from ..files import usable
 from ..pipeline import compress, tuned_result
 from ..reporting import Report, Result
 from ..tuning import Progress as TrainingProgress
@@ -44,7 +45,7 @@ def demo_run(folder: str | Path, *, smoke: bool = False, seed: int = 0, progress
         GMError: scikit-learn is missing, or the folder cannot be written.
     """
     settings = Settings.read(DEMO | (SMOKE if smoke else {}) | {"seed": seed})
-    place = Path(folder)
+    place = usable(folder)
     make_folder(place)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

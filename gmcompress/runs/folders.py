@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import read_history
 from ..errors import GMError
-from ..files import read_json
+from ..files import usable
 from .networks import is_main
 from .settings import RECIPE, Settings, read_yaml, write_yaml
 
@@ -30,9 +31,9 @@ WAIT = 0.5  # seconds between two looks at what another process writes
 def absolute(settings: Settings) -> Settings:
     """The settings with absolute paths."""
     changes: dict[str, Any] = {name: getattr(settings, name) for name in PATHS}
-    changes = {name: str(Path(value).resolve()) for name, value in changes.items() if value}
+    changes = {name: str(usable(value).resolve()) for name, value in changes.items() if value}
     if settings.images.data_dir:
-        changes["images"] = replace(settings.images, data_dir=str(Path(settings.images.data_dir).resolve()))
+        changes["images"] = replace(settings.images, data_dir=str(usable(settings.images.data_dir).resolve()))
     return replace(settings, **changes)
 
 
@@ -141,9 +142,3 @@ def wait_for(path: Path) -> None:
     """
     while not path.exists():
         time.sleep(WAIT)
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the epochs that a folder's newest checkpoint has behind it."""
-    found = sorted(folder.glob("checkpoint-*/checkpoint.json"))
-    return read_json(found[-1])["history"] if found else []

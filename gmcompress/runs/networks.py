@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data import Images, input_size
 from ..errors import GMError, nearest_names
+from ..files import usable
 from ..storage import describe_folder, load
 from ..surgery import run, shell
 from .settings import Settings, read_yaml
@@ -138,7 +139,7 @@ def _check_classifier(name: str, wanted: int | None) -> None:
 def _load_weights(model: nn.Module, file: str, name: str) -> None:
     from timm.models import load_checkpoint
 
-    if not Path(file).is_file():
+    if not usable(file).is_file():
         raise GMError(f"the checkpoint {file} does not exist")
     try:
         load_checkpoint(model, file)
@@ -154,7 +155,7 @@ def compressed_folder(place: str) -> Path:
     Raises:
         GMError: neither holds a compressed model.
     """
-    given = Path(place)
+    given = usable(place)
     for each in (given, given / "model"):
         if (each / "gmcompress.json").is_file():
             return each

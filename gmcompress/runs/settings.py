@@ -13,8 +13,8 @@ import yaml
 from ..budgets import Budget, parse_budget
 from ..calibration import SAMPLES
 from ..data import Images
-from ..errors import GMError, nearest_names
-from ..files import write_text
+from ..errors import GMError, nearest_names, shown
+from ..files import usable, write_text
 from ..planning import Override
 from ..tuning import Recipe
 
@@ -180,6 +180,7 @@ class Settings:
         return self.rules() | {"rank": self.rank, "residual": self.residual or "displacement"}
 
 
+LARGEST = {int: 1 << 63, float: float("inf")}
 _NAMES = [each.name for each in fields(Settings)]
 RECIPE = tuple(_NAMES[_NAMES.index("epochs") : _NAMES.index("device")])  # the settings of training
 
@@ -248,10 +249,16 @@ def typed(name: str, kind: Any, value: Any) -> Any:
     accepted = {bool: (bool,), int: (int, str), float: (int, float, str), str: (str,)}[kind]
     if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
         try:
-            return kind(value)
-        except ValueError:
+            found = kind(value)
+            if kind not in (int, float) or abs(found) < LARGEST[kind]:  # which NaN is not
+                return found
+        except (ValueError, OverflowError):
             pass
-    raise GMError(f"{name} is {words[kind]}, not {value!r}")
+    raise GMError(f"{name} is {words[kind]}, not {shown(value)}")
+
+
+MAX_YAML = 1 << 17  # bytes
+LEAKED = (ValueError, LookupError, AttributeError, TypeError)  # what PyYAML raises for !!bool x, !!timestamp x and such
 
 
 def write_yaml(path: Path, settings: Settings) -> None:
@@ -266,10 +273,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         GMError: the file is missing, is no YAML, or holds something else than names with values.
     """
     try:
+        if usable(path).stat().st_size > MAX_YAML:
+            raise GMError(f"{path} has {path.stat().st_size:,} bytes; settings have at most {MAX_YAML:,}")
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GMError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as problem:
+    except GMError:
+        raise
+    except (OSError, yaml.YAMLError, RecursionError, *LEAKED) as problem:
         said = " ".join(str(problem).split())
         raise GMError(f"{path} is not readable as YAML: {said}") from None
     if found is None:

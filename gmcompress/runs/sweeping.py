@@ -15,7 +15,7 @@ from ..candidates import Subject, multiply_adds, plain_svd, rank_within
 from ..data import make_loader
 from ..errors import GMError
 from ..factors import Metric
-from ..files import write_text
+from ..files import usable, write_text
 from ..metrics import count_macs, layer_positions, stored_bytes
 from ..pipeline import compress, sweep
 from ..planning import Plan, eligible
@@ -86,7 +86,7 @@ def sweep_run(
         raise GMError("name at least one budget, such as 50%")
     if measure and not chosen.has_images:
         raise GMError("accuracies are measured on images: give data_dir or dataset")
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else usable(folder)
     if place is not None:
         check_new(place, besides=NOTES)
     dense = build(chosen).to(find_device(chosen.device))

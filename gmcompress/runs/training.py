@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..checkpoints import read_history
 from ..data import make_loaders
-from ..files import new_folder, read_json, write_json, write_text
+from ..files import new_folder, read_json, usable, write_json, write_text
 from ..pipeline import equivariance, tuned_result
 from ..reporting import Report, Result
 from ..storage import load
@@ -33,7 +34,6 @@ from .folders import (
     absolute,
     begun,
     check_new,
-    read_history,
     resumed,
     wait_for,
 )
@@ -58,7 +58,7 @@ def train_run(
         GMError: the folder holds something already, or nothing to resume; settings, weights or images cannot be used;
             the training diverges. Where it does so in a new folder, nothing stays but what `resume` can go on from.
     """
-    place = Path(folder)
+    place = usable(folder)
     chosen = resumed(settings, place) if resume else absolute(Settings.read(with_inherited(dict(settings))))
     if not resume and is_main():
         check_new(place)

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GMError
+from ..errors import GMError, shown
 from ..groups import Group, GSet, gset
 from ..groups import group as parse_group
-from ..groups.group import Indices
+from ..groups.group import MAX_ORDER, Indices
 
 MAX_STRING = 1 << 17  # characters; the longest group strings have half as many
+MAX_RANK, MAX_BLOCKS = 999_999, 9999  # as many digits as the string may have
+MAX_LABELS = MAX_ORDER**2  # entries of a table of labels; the group acting on itself has at most as many
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Structure:
         for what in ("displacement", "lowrank"):
             rank = getattr(self, what)
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-                raise GMError(f"{what} rank must be an integer of at least 0, not {rank!r}")
+                raise GMError(f"{what} rank must be an integer of at least 0, not {shown(rank)}")
+            if rank > MAX_RANK:
+                raise GMError(f"{what} rank must be at most {MAX_RANK}, not {shown(rank)}")
         if not self.lowrank and (self.split or self.grid):
             raise GMError("only a factor part of rank 1 or more has a grid or splits the taps, and this one has none")
         if self.group is None:
@@ -69,13 +73,17 @@ class Structure:
             raise GMError("a structure with a group names the sets that it acts on")
         elif self.displacement and not self.rows.is_regular:
             raise GMError(f"displacement rank is defined where the rows are the group itself, not {self.rows.name!r}")
+        elif self.taps is not None and max(self.group.order, self.rows.size) * self.points > MAX_LABELS:
+            sizes = f"{self.group.order:,} elements, {self.rows.size:,} rows and {self.points:,} columns and taps"
+            raise GMError(f"{self.group}: tables of {sizes} are too large; at most {MAX_LABELS:,} entries")
         if self.grid is not None:
             self._check_grid(self.grid)
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
         counts = grid if isinstance(grid, tuple) and len(grid) == 2 else (0, 0)
-        if any(not isinstance(each, int) or isinstance(each, bool) or each < 1 for each in counts):
-            raise GMError(f"a grid is two numbers of blocks, of rows and of columns, not {grid!r}")
+        if any(not isinstance(each, int) or isinstance(each, bool) or not 1 <= each <= MAX_BLOCKS for each in counts):
+            few = f"of rows and of columns, each at most {MAX_BLOCKS}"
+            raise GMError(f"a grid is two numbers of blocks, {few}, not {shown(grid)}")
         if grid == (1, 1):
             raise GMError(f"adapted bases have more than one block; with a single one, write lowrank:{self.lowrank}")
 
@@ -186,17 +194,28 @@ class Structure:
     def labels(self) -> Indices:  # (|X|, points)
         """The orbit of every (row, column, tap), numbered in the order of first appearance.
 
-        Where the rows are the group itself, the orbit of (x, p) is x⁻¹·p.
+        Where the rows are the group itself, the orbit of (x, p) is x⁻¹·p. In general rows are taken orbit by orbit, and
+        x = g·x₀, x₀ the first of its orbit: that of (x, p) is the orbit of g⁻¹·p under the elements that leave x₀
+        alone. Costs |stabiliser|·points for each different stabiliser, and rows·points.
         """
         if self.is_regular:
             return self._moved[self.acting.inverse]
         action = self._sets[0].action
-        rows, points = action.shape[1], self.points
-        smallest = np.arange(rows * points).reshape(rows, points)
-        for element in range(self.acting.order):
-            moved = action[element][:, None] * points + self._moved[element]
-            smallest = np.minimum(smallest, moved)
-        return np.unique(smallest, return_inverse=True)[1].reshape(rows, points).astype(np.int64)
+        found = np.full((action.shape[1], self.points), -1, dtype=np.int64)
+        below: dict[bytes, Indices] = {}  # for each stabiliser, the orbits of the points under it
+        count = 0
+        for first in range(len(found)):
+            if found[first, 0] >= 0:
+                continue
+            fixing = action[:, first] == first
+            if fixing.tobytes() not in below:
+                smallest = self._moved[fixing].min(axis=0)
+                below[fixing.tobytes()] = np.unique(smallest, return_inverse=True)[1]
+            numbers = below[fixing.tobytes()] + count
+            rows, elements = np.unique(action[:, first], return_index=True)
+            found[rows] = numbers[self._moved[self.acting.inverse[elements]]]
+            count = int(numbers.max()) + 1
+        return found
 
     def __deepcopy__(self, memo: dict[int, object]) -> Structure:
         return self  # immutable, and its tables are large
@@ -261,7 +280,7 @@ class Structure:
         return sum(prod(each) for each in self.shapes(shape).values())
 
 
-@lru_cache(maxsize=512)  # so that equal layers share one structure, and its labels
+@lru_cache(maxsize=64)  # so that equal layers share one structure, and its labels
 def _read(text: str | Group) -> Structure:
     """The structure that a string or a group stands for."""
     if isinstance(text, Group):

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..errors import GMError
+from ..files import usable
 from ..surgery import check_model
 from .factors import balance_
 from .recipe import Recipe
@@ -60,7 +61,7 @@ def fine_tune(
     student = copy.deepcopy(model)
     balance_(student)
     run = Run(student, teacher, loader, recipe)
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else usable(folder)
     history: list[dict[str, Any]] = []
     decided: dict[str, Any] = {}
     if resume:

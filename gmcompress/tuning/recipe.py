@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import GMError, nearest_names
+from ..errors import GMError, nearest_names, shown
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SGD_KIN = ("sgd", "nesterov", "momentum")
@@ -89,6 +89,8 @@ class Recipe:
         for key in ("epochs", "weight_decay", "momentum", "warmup", "distillation", "task", "features", "anneal"):
             if not getattr(self, key) >= 0:
                 raise GMError(f"{key} must be at least 0, not {getattr(self, key)!r}")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 63):
+            raise GMError(f"seed must be a whole number from 0 to 2^63 - 1, not {shown(self.seed)}")
         self._check_choices()
         if self.minutes is not None and self.epochs:
             raise GMError(f"a run lasts epochs or minutes, not both: {self.epochs!r} and {self.minutes!r} were given")
