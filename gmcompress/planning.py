@@ -305,6 +305,8 @@ def eligible(
 
 def _tied(free: Sequence[Site], sites: Sequence[Site], ties: Sequence[Rules]) -> tuple[tuple[str, ...], ...]:
     found = []
+    if isinstance(ties, str) or not isinstance(ties, Sequence):
+        raise GMError(f"ties is a sequence of rules, or of sequences of rules, not {shown(ties)}")
     for each in ties:
         rules = _Rules(sites, each, (), {})
         groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}

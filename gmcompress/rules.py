@@ -20,7 +20,7 @@ Rules = Rule | Sequence[Rule]
 MAX_RULE = 1000  # characters
 SECONDS = 2.0  # for one regular expression over all names of a network
 # Repeated groups, back-references or several repetitions may take exponential time, and re cannot be interrupted.
-_SLOW = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=|(?:[*+{].*){3}", re.DOTALL)
+_SLOW = re.compile(r"\)[*+?{]|\\[1-9]|\(\?P=|(?:[*+?{].*){3}", re.DOTALL)
 _APART = """
 import json, re, sys
 rule, names = json.load(sys.stdin)
@@ -32,7 +32,7 @@ def listed(rules: Rules) -> list[Rule]:
     """One or several rules as a list.
 
     Raises:
-        GMError: one of them is no rule, or is malformed.
+        GMError: one of them is no rule.
 
     >>> listed("layer1.*")
     ['layer1.*']
@@ -41,8 +41,6 @@ def listed(rules: Rules) -> list[Rule]:
     for rule in found:
         if not (isinstance(rule, str) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
             raise GMError(f'a rule is a glob, a "re:" pattern or a module type, not {shown(rule)}')
-        if isinstance(rule, str) and len(rule) > MAX_RULE:
-            raise GMError(f"the rule {shown(rule)} has {len(rule):,} characters; at most {MAX_RULE:,} can be matched")
     return found
 
 
@@ -55,8 +53,10 @@ def matching(rule: Rule, sites: Sequence[Site]) -> frozenset[str]:
     """The names of the sites that a rule names: by any of their names, or by their exact type.
 
     Raises:
-        GMError: none is; a regular expression is malformed, or takes too long.
+        GMError: none is; the rule is too long; a regular expression is malformed, or takes too long.
     """
+    if isinstance(rule, str) and len(rule) > MAX_RULE:
+        raise GMError(f"the rule {shown(rule)} has {len(rule):,} characters; at most {MAX_RULE:,} can be matched")
     if not isinstance(rule, str):
         found = {site.name for site in sites if site.kind == kind_of(rule)}
         known = {site.kind for site in sites}

@@ -48,12 +48,12 @@ def save(
     Raises:
         GMError: a wrapped model, inputs that it does not accept, a source that is not "timm:...", or no place to write.
     """
+    place = usable(folder)
     plan = model.plan if isinstance(model, Result) else None
     if isinstance(model, Result):
         inputs = model.inputs if inputs is None else inputs
         model = model.model
     check_model(model)
-    usable(folder)
     if source is not None and not source.startswith("timm:"):
         raise GMError(f'a source is "timm:" and the name of a model, not {source!r}')
     tensors, aliases = _distinct(model)
@@ -74,7 +74,7 @@ def save(
         "aliases": aliases,
         "check": sorted(name for name in pair if name.startswith("input")),
     }
-    with new_folder(Path(folder)) as beside:
+    with new_folder(place) as beside:
         write_tensors(beside / WEIGHTS, tensors)
         write_tensors(beside / CHECK, pair)
         content["digests"] = {name: file_digest(beside / name) for name in (WEIGHTS, CHECK)}
@@ -90,7 +90,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         GMError: a file is missing, truncated, edited or foreign, the model is another one, or the outputs differ.
     """
-    place = Path(folder)
+    place = usable(folder)
     content = _description(place)
     dense = _built(content["source"], place) if model is None else model
     check_model(dense)
@@ -106,12 +106,12 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
     Raises:
         GMError: a file is missing, truncated, edited or foreign.
     """
-    return _description(Path(folder))
+    return _description(usable(folder))
 
 
 def _description(place: Path) -> dict[str, Any]:
     """The description of a folder, all digests checked."""
-    path = usable(place) / DESCRIPTION
+    path = place / DESCRIPTION
     if not path.is_file():
         raise GMError(f"{place} is no folder of a compressed model: it has no {DESCRIPTION}")
     content = read_json(path)

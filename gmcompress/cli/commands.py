@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0, or what the command makes of its findings; 2 where what was given cannot be used; 130 where interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # paths may hold what no text can
     torch.set_flush_denormal(True)  # tiny numbers slow a CPU down by an order of magnitude
     try:
         parser, commands = make_parser()
