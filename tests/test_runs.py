@@ -20,6 +20,7 @@ from torch import nn
 
 import gmcompress as gm
 from gmcompress import GMError
+from gmcompress.files import file_digest, read_json, sealed, unsealed, write_json
 from gmcompress.runs import (
     Settings,
     accuracy,
@@ -298,6 +299,9 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_killed(interrupted, tmp_path):
         shutil.copytree(interrupted / "killed", tmp_path / name)
     momentum = tmp_path / "tampered" / "checkpoint-0001" / "optimizer.safetensors"
     save_file({name: torch.zeros_like(each) for name, each in load_file(momentum).items()}, momentum)
+    numbers = unsealed(read_json(momentum.with_name("checkpoint.json")), momentum)
+    numbers["digests"]["optimizer"] = file_digest(momentum)
+    write_json(momentum.with_name("checkpoint.json"), sealed(numbers))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the other processes, so that sums are taken in the same order
     for name in ("killed", "tampered"):

@@ -190,7 +190,7 @@ def test_a_plan_is_timed_without_weights(settings, tmp_path):
     ("content", "said"),
     [
         (None, "cannot read the plan .*plan.json: No such file"),
-        ("x", r"plan\.json: a plan is JSON"),
+        ("x", r"plan\.json: a plan is not readable as JSON"),
         ("{}", r"plan\.json: a plan is an object with the fields"),
     ],
 )
