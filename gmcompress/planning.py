@@ -16,9 +16,9 @@ from torch import nn
 from .errors import GMError, nearest_names
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
-from .layers import COUNTERPARTS
+from .kinds import kind_of
 from .structure import Structure
-from .surgery import Site, kind_of
+from .surgery import TIED_HEAD, Site
 from .tables import percent, table_text
 
 Rule = str | type[nn.Module]
@@ -310,14 +310,12 @@ def _left_out(site: Site, rules: _Rules) -> str:
     excluding = next((rule for rule in rules.exclude if matches(rule, site)), None)
     if excluding is not None:
         return f"excluded by {_shown(excluding)}"
-    if site.kind not in {kind_of(each) for each in COUNTERPARTS}:
-        return f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}"
     if site.obstacle:
         return site.obstacle
     overriding = next((rule for rule in rules.overrides if matches(rule, site)), None)
     if overriding is not None:
         return f"left dense by the override {_shown(overriding)}" if rules.overrides[overriding] is None else ""
-    if site.role and not any(matches(rule, site) for rule in rules.include):
+    if site.role not in ("", TIED_HEAD) and not any(matches(rule, site) for rule in rules.include):
         return f"it is the {site.role}, left dense unless include names it"
     return ""
 
