@@ -19,7 +19,7 @@ from .groups import Group
 from .kinds import view_of
 from .layers import COUNTERPARTS, GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from .structure import Structure
-from .surgery import Holder, duplicate, find_weight, holders, is_plain, replace
+from .surgery import duplicate, find_weight, holders, is_plain, replace, site_name
 
 CHILD = "structured_"  # and the name of the parameter: the child that holds the GMWeight
 
@@ -96,20 +96,25 @@ def _detach_(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
     assert isinstance(module, _Attached)
     del module._modules[CHILD + key]
     held = {**module._parameters, key: parameter}
-    names, dense = module._parameter_names, module._dense_class
+    dense: Any = module._dense_class
+    names = module._parameter_names
     module._parameters.clear()  # the order of the parameters is that of an optimizer's state
     module._parameters.update({each: held.pop(each) for each in names if each in held} | held)
     left = tuple(each for each in module._attached_names if each != key)
     module.__class__ = _subclass(dense, names, left) if left else dense
 
 
-def attached(model: nn.Module) -> dict[str, list[Holder]]:
-    """The modules that hold each attached weight, by its name, the first one's."""
-    found: dict[int, list[Holder]] = {}
+def attached(model: nn.Module) -> dict[str, tuple[GMWeight, list[tuple[nn.Module, str]]]]:
+    """The attached weights by name, that of the first module to hold each, and all modules and names under which."""
+    names: dict[int, str] = {}
+    found: dict[str, tuple[GMWeight, list[tuple[nn.Module, str]]]] = {}
     for path, module in model.named_modules():
         for key in module._attached_names if isinstance(module, _Attached) else ():
-            found.setdefault(id(module._modules.get(CHILD + key)), []).append(Holder(path, module, key))
-    return {held[0].name: held for held in found.values()}
+            weight = module._modules.get(CHILD + key)
+            if isinstance(weight, GMWeight):
+                name = names.setdefault(id(weight), site_name(path, key))
+                found.setdefault(name, (weight, []))[1].append((module, key))
+    return found
 
 
 def structured(model: nn.Module) -> dict[str, GMLayer]:
@@ -118,12 +123,9 @@ def structured(model: nn.Module) -> dict[str, GMLayer]:
     >>> structured(nn.Sequential(nn.ReLU(), attach_(nn.Embedding(8, 4), "weight", GMWeight((8, 4), "lowrank:1"))))
     {'1': GMWeight((8, 4), 'lowrank:1')}
     """
-    names = {id(held[0].module._modules[CHILD + held[0].key]): name for name, held in attached(model).items()}
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, GMLayer):
-            found[names.get(id(module), path)] = module
-    return found
+    names = {id(weight): name for name, (weight, _) in attached(model).items()}
+    layers = {path: each for path, each in model.named_modules() if isinstance(each, GMLayer)}
+    return {names.get(id(each), path): each for path, each in layers.items()}
 
 
 def is_replaced(model: nn.Module, name: str) -> bool:
@@ -220,13 +222,11 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     layers = [each for each in chosen.values() if isinstance(each, GMLinear | GMConv2d)]
     memo: dict[int, Any] = {id(each): each.dense() for each in layers}
     dense = duplicate(model, memo)
-    for name, held in attached(dense).items():
+    for name, (weight, places) in attached(dense).items():
         if name in chosen:
-            weight = held[0].module._modules[CHILD + held[0].key]
-            assert isinstance(weight, GMWeight)
             parameter = nn.Parameter(weight().detach().clone(), requires_grad=weight.trains)
-            for each in held:
-                _detach_(each.module, each.key, parameter)
+            for module, key in places:
+                _detach_(module, key, parameter)
     return dense
 
 

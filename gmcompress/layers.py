@@ -108,7 +108,9 @@ class GMLayer(nn.Module):
 
 
 def _filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
-    """The plain layer with weight, bias and flags of a structured one."""
+    """The plain layer with weight, bias and flags of a structured one, and with what else was set on it."""
+    own = {*vars(empty), "structure", "weight_shape"}
+    vars(empty).update({key: each for key, each in vars(layer).items() if key not in own})
     empty.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.trains)
     if layer.bias is not None:
         empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)

@@ -61,11 +61,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Holder:
-    """A module, its first name, and the name under which it holds a parameter."""
+    """A module, its first name, and the name under which it holds a parameter, which may be computed."""
 
     path: str
     module: nn.Module
     key: str
+    parameter: Tensor
 
     @property
     def name(self) -> str:
@@ -118,13 +119,20 @@ def shell(model: nn.Module) -> nn.Module:
         GMError: the model cannot be copied.
     """
     memo = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:  # whose run changes it
+            memo |= {id(each): nn.Parameter(each.detach().clone(), False) for each in module.parameters()}
     return duplicate(model, memo).eval()
 
 
 def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy in which every object in `memo`, by id, stands for what the memo holds."""
+    computed = (each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor))
+    leaves = {
+        id(each): each.detach().clone() for each in computed if each.grad_fn is not None
+    }  # of pruning: recomputed
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, leaves | memo)
     except Exception as problem:
         raise GMError(
             f"this {type(model).__name__} cannot be copied ({problem}); inplace=True works without"
@@ -184,7 +192,9 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
     found = holders(model)
     calls = _calls_by_run(model, inputs) if inputs is not None else _calls_by_fx(model)
     order = {name: at for at, name in enumerate(calls)} if calls is not None else {}
-    roles = _roles(model, calls)
+    layers = {each.path: each.module for held in found for each in held if each.key == "weight"}
+    defined = {name: layers[name] for name, _ in model.named_modules() if name in layers}
+    roles = _roles(model, defined, calls)
     sites = [_site(each, names, calls, roles) for each in found]
     first = [min(order.get(each.path, len(order)) for each in held) for held in found]
     return tuple(site for _, site in sorted(zip(first, sites, strict=True), key=lambda pair: pair[0]))  # stable
@@ -197,19 +207,23 @@ def holders(model: nn.Module) -> list[list[Holder]]:
         GMError: a module has not the parameters that its class was registered with.
     """
     found: dict[int, list[Holder]] = {}
-    alive: list[Tensor] = []  # so that no id is given twice
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):  # its module holds what is computed from these
             continue
         check_registered(module, {*module._parameters, *_computed(module)})
         held = {key: each for key, each in module._parameters.items() if each is not None}
         if parametrize.is_parametrized(module):
-            held |= {key: getattr(module, key) for key in module.parametrizations}
-        alive += held.values()
+            held |= {key: _parametrized(module, key) for key in module.parametrizations}
         for key, parameter in held.items():
             if parameter.dim() >= 2 and parameter.numel():
-                found.setdefault(id(parameter), []).append(Holder(path, module, key))
+                found.setdefault(id(parameter), []).append(Holder(path, module, key, parameter))
     return list(found.values())
+
+
+@torch.no_grad()
+def _parametrized(module: nn.Module, key: str) -> Tensor:
+    """The value of a parametrized parameter, found on a copy: computing it may change what it is computed from."""
+    return copy.deepcopy(module.parametrizations[key]).eval()()  # type: ignore[index, operator]
 
 
 def _computed(module: nn.Module) -> list[str]:
@@ -224,7 +238,7 @@ def _site(
     roles: Mapping[str, str],
 ) -> Site:
     first = held[0]
-    parameter = getattr(first.module, first.key)
+    parameter = first.parameter
     view, whole = view_of(first.module, first.key, parameter), first.key == "weight" and len(held) == 1
     aliases = [site_name(path, each.key) for each in held for path in names[id(each.module)]]
     role = next((roles[each.name] for each in held if each.name in roles), "")
@@ -240,14 +254,8 @@ def _site(
         parameters=own if whole else parameter.numel(),
         calls=None if calls is None else sum(calls.get(each, 0) for each in {each.path for each in held}),
         role=role,
-        obstacle=next(filter(None, (_obstacle(each, parameter) for each in held)), ""),
+        obstacle=next(filter(None, map(_obstacle, held)), ""),
     )
-
-
-def weight_of(module: nn.Module) -> Tensor | None:
-    """The parameter `weight` of a module, a parametrized one included; None where it holds none of two axes or more."""
-    found = getattr(module, "weight", None) if parametrize.is_parametrized(module) else module._parameters.get("weight")
-    return found if isinstance(found, Tensor) and found.dim() >= 2 else None
 
 
 def find_weight(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -334,9 +342,8 @@ def _calls_by_fx(model: nn.Module) -> Counter[str] | None:
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
 
 
-def _roles(model: nn.Module, calls: Mapping[str, int] | None) -> dict[str, str]:
+def _roles(model: nn.Module, layers: Mapping[str, nn.Module], calls: Mapping[str, int] | None) -> dict[str, str]:
     """The stem is the convolution that runs first; the classifier is what timm says, else the last layer, if linear."""
-    layers = {name: module for name, module in model.named_modules() if weight_of(module) is not None}
     ran = [name for name in (layers if calls is None else calls) if name in layers]
     if len(ran) < 2:
         return {}
@@ -353,9 +360,9 @@ def _roles(model: nn.Module, calls: Mapping[str, int] | None) -> dict[str, str]:
     return roles
 
 
-def _obstacle(holder: Holder, parameter: Tensor) -> str:
+def _obstacle(holder: Holder) -> str:
     """Why a parameter cannot become structured in this module; "" where it can."""
-    module, key = holder.module, holder.key
+    module, key, parameter = holder.module, holder.key, holder.parameter
     name = type(module).__name__
     if parametrize.is_parametrized(module):
         return f"its {key} is parametrized; remove the parametrization first"
@@ -365,7 +372,7 @@ def _obstacle(holder: Holder, parameter: Tensor) -> str:
     if isinstance(module, nn.RNNBase):
         return f"{name} hands its weights to torch as one flat list, in which none can be replaced"
     if view_of(module, key, parameter) is None:
-        return f"there is no structured layer for {key} of {name}; gmcompress.register makes one of a class of yours"
+        return f"{key} of {name} is not known to be a matrix; gmcompress.register can say so"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return f"{name} is a container, which would take the stored parts for one of its modules"
     if "forward" in vars(module):

@@ -57,11 +57,19 @@ def test_order_is_that_of_the_run_not_of_the_definition():
 
 
 def test_obstacles_are_named():
-    assert "shared with embedding.weight" in by_name(zoo.Tied())["head"].obstacle
     assert "parametrized" in by_name(parametrizations.weight_norm(nn.Linear(4, 4)))[""].obstacle
-    hooked = nn.Linear(4, 4)
-    hooked.register_forward_hook(lambda *_: None)
-    assert "hooks" in by_name(hooked)[""].obstacle
+    sites = by_name(zoo.MODELS["normed"].build())
+    assert "weight_norm, spectral_norm or pruning" in sites["pruned.weight_orig"].obstacle
+    assert "parametrized" in sites["new"].obstacle
+    assert "one flat list" in by_name(nn.LSTM(4, 4))["weight_hh_l0"].obstacle
+    assert "not known to be a matrix" in by_name(zoo.PassesParameter())["token"].obstacle
+    assert "container" in by_name(Box())[""].obstacle
+    assert "sparse" in by_name(nn.Embedding(4, 4, sparse=True))[""].obstacle
+    whole = nn.Linear(4, 4)
+    whole.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    assert "torch.int8" in by_name(whole)[""].obstacle
+    for free in (zoo.Tied(), zoo.MODELS["hooked"].build(), zoo.MODELS["standardised"].build()):
+        assert not any(site.obstacle for site in trace(free) if site.kind != "gain")
     patched = nn.Linear(4, 4)
     patched.forward = lambda x: x
     assert "forward has been replaced" in by_name(patched)[""].obstacle
@@ -70,6 +78,17 @@ def test_obstacles_are_named():
 
 def test_aliases_are_listed():
     assert by_name(zoo.TwoNames())["first"].aliases == ("second",)
+
+
+class Box(nn.Sequential):
+    """A container with a weight of its own."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+
+gm.register(Box, weight="oi")
 
 
 class Wrapper(nn.Module):
