@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor, nn
@@ -49,27 +48,27 @@ class View:
     letters: str
     shape: tuple[int, ...]
     groups: int = 1
+    matrix_shape: tuple[int, ...] = field(init=False, compare=False, repr=False)  # (rows, columns, *taps)
+    # worked out once, and not by cached properties, which torch.compile cannot follow
+    _apart: tuple[int, ...] = field(init=False, compare=False, repr=False)  # the shape with the groups apart
+    _order: tuple[int, ...] = field(init=False, compare=False, repr=False)  # its axes in the order of the matrix
+    _sorted: tuple[int, ...] = field(init=False, compare=False, repr=False)  # its sizes in that order
+    _back: tuple[int, ...] = field(init=False, compare=False, repr=False)  # from there to the parameter's
 
-    @cached_property
-    def _axes(self) -> tuple[str, tuple[int, ...]]:
-        """The letters and sizes of the parameter's axes, that of the groups apart."""
-        if self.groups == 1:
-            return self.letters, self.shape
-        at = self.letters.index("i")
-        sizes = (*self.shape[:at], self.groups, self.shape[at] // self.groups, *self.shape[at + 1 :])
-        return self.letters[:at] + "g" + self.letters[at:], sizes
-
-    @cached_property
-    def _order(self) -> list[int]:
-        letters = self._axes[0]
-        return sorted(range(len(letters)), key=lambda at: ORDER.index(letters[at]))
-
-    @cached_property
-    def matrix_shape(self) -> tuple[int, ...]:
-        """(rows, columns, *taps)."""
-        letters, sizes = self._axes
+    def __post_init__(self) -> None:
+        letters, sizes = self.letters, self.shape
+        if self.groups > 1:
+            at = letters.index("i")
+            sizes = (*sizes[:at], self.groups, sizes[at] // self.groups, *sizes[at + 1 :])
+            letters = letters[:at] + "g" + letters[at:]
+        order = tuple(sorted(range(len(letters)), key=lambda at: ORDER.index(letters[at])))
+        back = tuple(sorted(range(len(letters)), key=lambda at: order[at]))
         by_letter = {each: [size for a, size in zip(letters, sizes, strict=True) if a == each] for each in ORDER}
-        return prod(by_letter["g"] + by_letter["o"]), prod(by_letter["i"]), *by_letter["k"]
+        found = (prod(by_letter["g"] + by_letter["o"]), prod(by_letter["i"]), *by_letter["k"])
+        named = {"matrix_shape": found, "_apart": tuple(sizes), "_order": order, "_back": back}
+        named["_sorted"] = tuple(sizes[at] for at in order)
+        for name, value in named.items():
+            object.__setattr__(self, name, value)
 
     def matrix(self, parameter: Tensor) -> Tensor:  # (rows, columns, *taps)
         """The matrix in a parameter.
@@ -77,13 +76,11 @@ class View:
         >>> View("io", (2, 3)).matrix(Tensor([[1, 2, 3], [4, 5, 6]])).tolist()
         [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
         """
-        return parameter.reshape(self._axes[1]).permute(self._order).reshape(self.matrix_shape)
+        return parameter.reshape(self._apart).permute(self._order).reshape(self.matrix_shape)
 
     def parameter(self, matrix: Tensor) -> Tensor:
         """The parameter that holds a matrix."""
-        sizes = self._axes[1]
-        back = sorted(range(len(sizes)), key=lambda at: self._order[at])
-        return matrix.reshape([sizes[at] for at in self._order]).permute(back).reshape(self.shape).contiguous()
+        return matrix.reshape(self._sorted).permute(self._back).reshape(self.shape).contiguous()
 
 
 def kind_of(cls: type[nn.Module]) -> str:

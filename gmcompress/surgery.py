@@ -128,9 +128,8 @@ def shell(model: nn.Module) -> nn.Module:
 def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy in which every object in `memo`, by id, stands for what the memo holds."""
     computed = (each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor))
-    leaves = {
-        id(each): each.detach().clone() for each in computed if each.grad_fn is not None
-    }  # of pruning: recomputed
+    # pruning keeps one, computed anew at every call, in place of a parameter
+    leaves = {id(each): each.detach().clone() for each in computed if each.grad_fn is not None}
     try:
         return copy.deepcopy(model, leaves | memo)
     except Exception as problem:
@@ -223,7 +222,8 @@ def holders(model: nn.Module) -> list[list[Holder]]:
 @torch.no_grad()
 def _parametrized(module: nn.Module, key: str) -> Tensor:
     """The value of a parametrized parameter, found on a copy: computing it may change what it is computed from."""
-    return copy.deepcopy(module.parametrizations[key]).eval()()  # type: ignore[index, operator]
+    parametrizations: Any = module.parametrizations
+    return copy.deepcopy(parametrizations[key]).eval()()
 
 
 def _computed(module: nn.Module) -> list[str]:
