@@ -15,7 +15,6 @@ from .candidates import Subject, candidates, multiply_adds, rank_within
 from .errors import GMError
 from .factors import Metric, start_factors
 from .groups import Group
-from .kinds import kind_of
 from .notes import Notes
 from .planning import Eligible, Plan
 from .projection import EXACT
@@ -27,7 +26,6 @@ from .surgery import Site, find_weight, is_plain, read_weight, write_weight
 PROBES = (0.45, 0.18)  # shares of a layer's weight at which the model's sensitivity to it is measured
 WORK = 1.5e12  # multiply-adds spent on measuring sensitivities
 FEWEST = 8  # examples on which they are measured in any case
-TABLES = tuple(kind_of(each) for each in (nn.Embedding, nn.EmbeddingBag))
 EXPONENTS = (0.5, 2.0)  # between which the growth of the divergence with the loss is believed
 
 Progress = Callable[[str, int, int], None]
@@ -96,8 +94,8 @@ def tabulate(
             assert weight is not None, "only matrices are planned"
             metric = Metric() if calibration is None else calibration.metric(name, layer, seen)
             subject = subject_of(by_name[name], weight, metric, positions=(positions or {}).get(name))
-            # the order of the entries of a table means nothing, so no group can act on them
-            found[name] = candidates(subject, None if by_name[name].kind in TABLES else group)
+            table = isinstance(layer, nn.Embedding | nn.EmbeddingBag)  # in which the order of the rows means nothing
+            found[name] = candidates(subject, None if table else group)
             if probes is not None:
                 sensitivity = probes.measure(name, subject)
                 found[name] = [sensitivity.weigh(each) for each in found[name]]

@@ -264,13 +264,21 @@ def find_weight(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     Raises:
         GMError: the model has no module or parameter of that name.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if name in modules:
-        return modules[name], "weight"
+    module = _module(model, name)
+    if module is not None:
+        return module, "weight"
     path, _, key = name.rpartition(".")
-    if path in modules and modules[path]._parameters.get(key) is not None:
-        return modules[path], key
+    module = _module(model, path)
+    if module is not None and module._parameters.get(key) is not None:
+        return module, key
     return get_modules(model, [name])[name], "weight"  # tells the nearest names
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for each in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(each)
+    return found
 
 
 def read_weight(model: nn.Module, name: str) -> Tensor | None:  # (rows, columns, *taps)
@@ -301,10 +309,12 @@ def write_weight(model: nn.Module, name: str, matrix: Tensor) -> None:
 def is_plain(model: nn.Module, name: str) -> bool:
     """Whether a weight W is that of a Linear or Conv2d alone, whose outputs are W x and a bias of its own."""
     module, key = find_weight(model, name)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if type(module) not in (nn.Linear, nn.Conv2d) or key != "weight" or hooked:
+        return False
     own = {id(each) for each in module._parameters.values() if each is not None}
     others = (each for each in model.modules() if each is not module)
-    alone = all(own.isdisjoint(map(id, each._parameters.values())) for each in others)
-    return type(module) in (nn.Linear, nn.Conv2d) and key == "weight" and alone
+    return all(own.isdisjoint(map(id, each._parameters.values())) for each in others)
 
 
 def conv_groups_of(model: nn.Module, name: str) -> int:

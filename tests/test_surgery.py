@@ -62,6 +62,10 @@ def test_obstacles_are_named():
     sites = by_name(zoo.MODELS["normed"].build())
     assert "weight_norm, spectral_norm or pruning" in sites["pruned.weight_orig"].obstacle
     assert "parametrized" in sites["new"].obstacle
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = nn.utils.weight_norm(nn.Linear(4, 4))
+    for each, key in ((old, "weight_v"), (nn.utils.spectral_norm(nn.Linear(4, 4)), "weight_orig")):
+        assert "weight_norm, spectral_norm or pruning" in by_name(each)[key].obstacle
     assert "one flat list" in by_name(nn.LSTM(4, 4))["weight_hh_l0"].obstacle
     assert "not known to be a matrix" in by_name(zoo.PassesParameter())["token"].obstacle
     assert "container" in by_name(Box())[""].obstacle
