@@ -330,7 +330,7 @@ def _verdict(module: nn.Module, key: str, site: Site | None, plan: Plan) -> tupl
     if parametrize.is_parametrized(module):
         return "parametrized", "" if site is None else site.obstacle
     if site is None:
-        return "unsupported", "it holds no number"
+        return "unsupported", "a vector, whatever the number of its axes"
     reason = plan.skipped.get(site.name, "")
     if key not in layouts_of(type(module)):
         return "unsupported", reason

@@ -202,6 +202,8 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
 def holders(model: nn.Module) -> list[list[Holder]]:
     """For every parameter of at least two axes, in the order of definition, all the modules that hold it.
 
+    Those not known as matrices are left out where all axes but one have size 1: they are vectors.
+
     Raises:
         GMError: a module has not the parameters that its class was registered with.
     """
@@ -214,7 +216,10 @@ def holders(model: nn.Module) -> list[list[Holder]]:
         if parametrize.is_parametrized(module):
             held |= {key: _parametrized(module, key) for key in module.parametrizations}
         for key, parameter in held.items():
-            if parameter.dim() >= 2 and parameter.numel():
+            if parameter.dim() < 2 or not parameter.numel():
+                continue
+            known = view_of(module, key, parameter) is not None
+            if known or parameter.numel() > max(parameter.shape):
                 found.setdefault(id(parameter), []).append(Holder(path, module, key, parameter))
     return list(found.values())
 
