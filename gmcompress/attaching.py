@@ -75,6 +75,9 @@ def dense_class(module: nn.Module) -> type[nn.Module]:
 def attach_(module: nn.Module, key: str, weight: GMWeight) -> nn.Module:
     """Put a structured weight in the place of a parameter; returns the module.
 
+    Raises:
+        GMError: the module's class can have no subclass made at run time.
+
     >>> attach_(nn.Embedding(8, 4), "weight", GMWeight((8, 4), "lowrank:1"))
     StructuredEmbedding(
       8, 4
@@ -85,9 +88,13 @@ def attach_(module: nn.Module, key: str, weight: GMWeight) -> nn.Module:
     attached: tuple[str, ...] = (key,)
     if isinstance(module, _Attached):
         names, attached = module._parameter_names, (*module._attached_names, key)
+    dense = dense_class(module)
+    try:
+        module.__class__ = _subclass(dense, names, attached)
+    except TypeError as problem:  # slots, a metaclass or __init_subclass__ with arguments
+        raise GMError(f"{dense.__name__} cannot compute its {key}: {problem}; exclude it") from problem
     del module._parameters[key]
     module._modules[CHILD + key] = weight.train(module.training)
-    module.__class__ = _subclass(dense_class(module), names, attached)
     return module
 
 
@@ -168,7 +175,10 @@ def empty(model: nn.Module, name: str, structure: Structure | Group | str, *, re
     parameter = None if parametrize.is_parametrized(module) else module._parameters.get(key)
     view = None if parameter is None else view_of(module, key, parameter)
     if parameter is None or view is None:
-        raise GMError(f"there is no structured layer for {key} of {type(module).__name__}")
+        raise GMError(
+            f"there is no structured layer for {key} of {type(module).__name__}; gmcompress.register says of a class "
+            "of yours which parameters are matrices"
+        )
     return GMWeight.like(parameter, view, structure)
 
 

@@ -198,7 +198,7 @@ def check_plan(plan: Plan, model: nn.Module) -> None:
     """
     for name in plan.layers:
         there, weight = plan.site(name).shape, read_weight(model, name)
-        here = None if weight is None else tuple(weight.shape)
+        here = "is not known to be a matrix" if weight is None else tuple(weight.shape)
         if there != here:
             raise GMError(f"the plan is for another network: {name!r} has shape {there} there, {here} here")
 

@@ -372,6 +372,15 @@ def test_registrations_that_do_not_fit_are_told_when_the_model_is_seen():
 
 
 def test_what_is_no_matrix_is_refused():
+    class Closed(nn.Linear):
+        def __init_subclass__(cls, *, name):
+            cls.name = name
+
+    with pytest.raises(gm.GMError, match=r"Closed cannot compute its weight: .*; exclude it"):
+        gm.compress(nn.Sequential(Closed(8, 8), nn.Linear(8, 3)), "C4", rank=1)
+    plan = gm.plan(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), "C4", rank=1)
+    with pytest.raises(gm.GMError, match=r"another network: '0' .*is not known to be a matrix here"):
+        gm.compress(nn.Sequential(nn.ReLU(), nn.Linear(8, 3)), plan=plan)
     with pytest.raises(gm.GMError, match="no structured layer for weight of LayerNorm"):
         empty(nn.LayerNorm((4, 4)), "", "C4")
     with pytest.raises(gm.GMError, match="no module 'wieght'"):
