@@ -6,14 +6,16 @@
 """
 
 from . import groups
+from .attaching import densify
 from .doctor import Examination
 from .doctor import examine as doctor
 from .errors import GMError
 from .exporting import Export, export
 from .groups import Group, GSet, group
-from .layers import GMConv2d, GMLinear
+from .kinds import register
+from .layers import GMConv2d, GMLinear, GMWeight
 from .metrics import Metrics, measure
-from .pipeline import compress, densify, equivariance, sweep, tune
+from .pipeline import compress, equivariance, sweep, tune
 from .pipeline import make_plan as plan
 from .planning import Plan
 from .projection import Fit, project
@@ -39,6 +41,7 @@ __all__ = [
     "GMConv2d",
     "GMError",
     "GMLinear",
+    "GMWeight",
     "GSet",
     "Group",
     "Metrics",
@@ -66,6 +69,7 @@ __all__ = [
     "nearest",
     "plan",
     "project",
+    "register",
     "replace",
     "save",
     "sweep",

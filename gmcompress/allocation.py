@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .budgets import Budget
 from .calibration import collect, divergence, first_examples, outputs
@@ -21,7 +21,7 @@ from .projection import EXACT
 from .reconstruction import Calibration
 from .selection import Candidate, Selection, select
 from .structure import Structure, expand
-from .surgery import Site
+from .surgery import Site, find_weight, is_plain, read_weight, write_weight
 
 PROBES = (0.45, 0.18)  # shares of a layer's weight at which the model's sensitivity to it is measured
 WORK = 1.5e12  # multiply-adds spent on measuring sensitivities
@@ -58,9 +58,8 @@ class Sensitivity:
         return cls(float(f"{scale:.6g}"), exponent)
 
 
-def subject_of(site: Site, layer: nn.Module, metric: Metric, *, positions: int | None) -> Subject:
+def subject_of(site: Site, weight: Tensor, metric: Metric, *, positions: int | None) -> Subject:
     """What the table needs to know of one layer."""
-    weight = layer.get_parameter("weight").detach()
     exact = torch.float64 if weight.numel() <= EXACT else torch.float32
     return Subject(weight.to(exact), metric.to(exact), site.conv_groups, positions, weight.element_size())
 
@@ -81,24 +80,34 @@ def tabulate(
     kept = {name: notes.read("table", name) for name in by_name}
     found = {name: [Candidate(**row) for row in each[0]["rows"]] for name, each in kept.items() if each}
     names = [name for name in by_name if name not in found]
-    chunks = [names] if calibration is None else calibration.chunks(dense, names, passes=1)
+    chunks = [names] if calibration is None else _chunks(dense, names, calibration)
     probes = None
     for chunk in chunks:
-        moments = {} if calibration is None else collect(dense, dense, chunk, calibration.batches)
+        known = calibration is not None and is_plain(dense, chunk[0])
+        moments = collect(dense, dense, chunk, calibration.batches) if calibration is not None and known else {}
         if calibration is not None and probes is None:
             probes = _Probes(dense, calibration, len(sites))
         for name in chunk:
             if progress is not None:
                 progress(name, len(found), len(sites))
-            layer, seen = dense.get_submodule(name), moments.pop(name, None)
+            layer, seen, weight = find_weight(dense, name)[0], moments.pop(name, None), read_weight(dense, name)
+            assert weight is not None, "only matrices are planned"
             metric = Metric() if calibration is None else calibration.metric(name, layer, seen)
-            subject = subject_of(by_name[name], layer, metric, positions=(positions or {}).get(name))
-            found[name] = candidates(subject, group)
+            subject = subject_of(by_name[name], weight, metric, positions=(positions or {}).get(name))
+            table = isinstance(layer, nn.Embedding | nn.EmbeddingBag)  # in which the order of the rows means nothing
+            found[name] = candidates(subject, None if table else group)
             if probes is not None:
                 sensitivity = probes.measure(name, subject)
                 found[name] = [sensitivity.weigh(each) for each in found[name]]
             notes.write("table", name, {"rows": [asdict(each) for each in found[name]]})
     return {name: found[name] for name in by_name}
+
+
+def _chunks(dense: nn.Module, names: Sequence[str], calibration: Calibration) -> list[list[str]]:
+    """Layers whose moments are collected in one pass, and first, where there are any, all that have none."""
+    plain = [name for name in names if is_plain(dense, name)]
+    others = [name for name in names if name not in plain]
+    return ([others] if others else []) + calibration.chunks(dense, plain, passes=1)
 
 
 class _Probes:
@@ -112,9 +121,9 @@ class _Probes:
 
     def measure(self, name: str, subject: Subject) -> Sensitivity:
         """The sensitivity to one layer, from low ranks of two sizes in its place; the weight is put back."""
-        layer = self.dense.get_submodule(name)
-        weight = layer.get_parameter("weight")
-        kept, points = weight.detach().clone(), []
+        found = read_weight(self.dense, name)
+        assert found is not None, "only matrices are planned"
+        weight, points = found.clone(), []
         split = weight.dim() == 4 and min(weight.shape[2:]) > 1
         try:
             for share in PROBES:
@@ -123,13 +132,11 @@ class _Probes:
                 tensors = start_factors(subject.weight, structure, subject.metric)
                 fitted = expand(tensors, structure, weight.shape)
                 loss = subject.relative_loss(fitted)
-                with torch.no_grad():
-                    weight.copy_(fitted)
-                found = outputs(self.dense, self.batches)
-                points.append((loss, divergence(self.wanted, found, logits=self.calibration.logits)))
+                write_weight(self.dense, name, fitted)
+                given = outputs(self.dense, self.batches)
+                points.append((loss, divergence(self.wanted, given, logits=self.calibration.logits)))
         finally:
-            with torch.no_grad():
-                weight.copy_(kept)
+            write_weight(self.dense, name, weight)
         return Sensitivity.through(points)
 
 

@@ -10,7 +10,6 @@ from math import gcd, prod
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from .errors import GMError
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
-from .layers import COUNTERPARTS
+from .kinds import kind_of, layouts_of
 from .pipeline import check_outputs, compress, model_name
 from .planning import Plan, choose
-from .surgery import Inputs, Site, check_model, describe, kind_of, run, shell, trace
+from .surgery import Inputs, Site, check_model, describe, run, shell, site_name, trace
 from .tables import percent, table_text
 
 RANK = 0  # of the trial: group matrices alone, which every quotient but the trivial one makes smaller
@@ -31,10 +30,9 @@ VERDICTS = {
     "grouped": "a grouped convolution, each group too narrow for the group; a budget may still make it smaller",
     "stem": "left dense unless include names it",
     "classifier": "left dense unless include names it",
-    "tied": "several modules hold it; left dense",
     "parametrized": "computed from other tensors; remove the parametrization first",
     "obstructed": "its module cannot be replaced as it is",
-    "unsupported": "no structured layer for what holds it; left dense",
+    "unsupported": "not known to be a matrix that is multiplied with; left dense",
 }
 UNDER_BUDGET = ("compressible", "widths", "grouped")
 CALLED, FUNCTIONAL, NEVER, UNREAD, UNSEEN = "called", "read functionally", "never called", "never read", "not seen"
@@ -63,6 +61,7 @@ class Finding:
     reason: str
     use: str
     leaf: str
+    tied: tuple[str, ...]  # the other modules that hold it
     frozen: bool
 
     def remarks(self) -> str:
@@ -72,6 +71,7 @@ class Finding:
             found.append(f"in {self.conv_groups} convolution groups")
         found.append("" if self.use == CALLED else f"{self.use} by torch.fx" if self.use == UNSEEN else self.use)
         found.append(f"inside {self.leaf}, into which torch.fx does not look" if self.leaf else "")
+        found.append(f"shared with {', '.join(self.tied)}, and stays so" if self.tied else "")
         found.append("frozen, which is no obstacle" if self.frozen else "")
         return "; ".join(each for each in found if each)
 
@@ -189,9 +189,6 @@ def examine(model: nn.Module, inputs: Inputs | None = None, group: str | Group =
     True
     """
     check_model(model)
-    lazy = [name for name, each in model.named_parameters() if isinstance(each, UninitializedParameter)]
-    if lazy:
-        raise GMError(f"{lazy[0]!r} is not initialised yet; run the model once before")
     wanted = group if isinstance(group, Group) else parse_group(group)
     expected, given, failed = None, inputs, ""
     if inputs is not None:
@@ -287,10 +284,9 @@ def _findings(
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
-        owner = _owner(name)
-        site = sites.get(owner) if _is_weight(name, owner) else None
-        tied = len(holders[id(parameter)]) > 1
-        verdict, reason = _verdict(modules[owner], site, plan, name, tied=tied)
+        owner, key = _owner(name), _key(name)
+        site = sites.get(site_name(owner, key))
+        verdict, reason = _verdict(modules[owner], key, site, plan)
         found.append(
             Finding(
                 name=name,
@@ -305,6 +301,7 @@ def _findings(
                 reason=reason,
                 use=_use(name, holders[id(parameter)], site, watched),
                 leaf=_leaf(modules, owner),
+                tied=tuple(holders[id(parameter)][1:]),
                 frozen=not parameter.requires_grad,
             )
         )
@@ -317,9 +314,10 @@ def _owner(name: str) -> str:
     return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts)
 
 
-def _is_weight(name: str, owner: str) -> bool:
-    local = name[len(owner) + 1 :] if owner else name
-    return local == "weight" or local.startswith("parametrizations.weight.")
+def _key(name: str) -> str:
+    """The name of a parameter in its module; of the tensors of a parametrized one, the name of that."""
+    parts = name.split(".")
+    return parts[parts.index("parametrizations") + 1] if "parametrizations" in parts else parts[-1]
 
 
 def _plain_type(module: nn.Module) -> type[nn.Module]:
@@ -327,25 +325,21 @@ def _plain_type(module: nn.Module) -> type[nn.Module]:
     return parametrize.type_before_parametrizations(module) if parametrize.is_parametrized(module) else type(module)
 
 
-def _verdict(module: nn.Module, site: Site | None, plan: Plan, name: str, *, tied: bool) -> tuple[str, str]:
+def _verdict(module: nn.Module, key: str, site: Site | None, plan: Plan) -> tuple[str, str]:
     """The verdict on one parameter, and its reason where the plan gives one."""
-    kind = _plain_type(module)
     if parametrize.is_parametrized(module):
         return "parametrized", "" if site is None else site.obstacle
-    if tied:
-        shared = "" if site is None else site.obstacle
-        return "tied", shared
     if site is None:
-        return "unsupported", f"{name.rpartition('.')[2]} of {kind.__name__} is no weight of a Linear or Conv2d"
+        return "unsupported", "a vector, whatever the number of its axes"
     reason = plan.skipped.get(site.name, "")
-    if kind not in COUNTERPARTS:
+    if key not in layouts_of(type(module)):
         return "unsupported", reason
     if site.obstacle:
         return "obstructed", reason
-    if site.role:
-        return site.role, ""
     if site.name in plan.layers:
         return "compressible", ""
+    if site.role in ("stem", "classifier"):
+        return site.role, ""
     return "grouped" if site.conv_groups > 1 else "widths", reason
 
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .attaching import densify, structured
 from .errors import GMError
 from .files import new_file, read_tensors, usable, write_tensors
-from .layers import GMLayer
-from .pipeline import densify
 from .reporting import Result
-from .surgery import Inputs, call, check_model, describe, replace, run, shell
+from .surgery import Inputs, call, check_model, describe, run, shell
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "dense": ".safetensors"}
 TOLERANCE = 1e-4
@@ -286,17 +285,15 @@ def _follow(model: nn.Module, example: _Example) -> tuple[torch.export.ExportedP
 
 def _lean(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """The model with those structured layers dense that would take more bytes, their table of labels counted."""
-    found = {name: each for name, each in model.named_modules() if isinstance(each, GMLayer)}
-    heavy = {}
+    found, heavy = structured(model), []
     for name, layer in found.items():
         labels = 0 if layer.labels is None else layer.labels.nbytes
-        weight = layer.weight
-        if labels + sum(each.nbytes for each in layer.parts().values()) >= weight.nbytes:
-            heavy[name] = layer.dense().requires_grad_(False)
+        if labels + sum(each.nbytes for each in layer.parts().values()) >= layer.weight.nbytes:
+            heavy.append(name)
     if not heavy:
         return model, ()
     note = f"{len(heavy)} of {len(found)} structured layers are written dense, which takes fewer bytes there"
-    return replace(model, heavy), (note,)
+    return densify(model, heavy), (note,)
 
 
 def _program(model: nn.Module, example: _Example, inputs: Any) -> torch.export.ExportedProgram:

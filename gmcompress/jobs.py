@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import Table, tabulate
 from .calibration import first_of, take
@@ -24,7 +24,7 @@ from .planning import Plan, eligible
 from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, reconstruct
 from .structure import Structure, check_weight
-from .surgery import Inputs, describe, duplicate, get_modules, run, shell, trace
+from .surgery import TIED_HEAD, Inputs, describe, duplicate, find_weight, read_weight, run, shell, trace
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
@@ -73,7 +73,7 @@ class Job:
         examples = [first_of(each, 1) for each in self.batches]
         for each in {describe(each): each for each in examples}.values():
             run(dense, each)  # says what does not fit before any work is done
-        logits = any(site.role == "classifier" for site in trace(dense, self.inputs))
+        logits = any(site.role in ("classifier", TIED_HEAD) for site in trace(dense, self.inputs))
         macs = count_macs(dense, examples[0])[0]
         return calibrate(dense, self.batches, names, logits=logits, macs=macs, effort=self.effort)
 
@@ -97,7 +97,7 @@ class Job:
         names = [site.name for site in chosen.free]
         for name in names:
             with _naming(name):
-                check_weight(dense.get_submodule(name).get_parameter("weight"))
+                check_weight(_matrix(dense, name))
         totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
         positions = None
         if self.inputs is not None:
@@ -121,13 +121,25 @@ class Job:
             if self.progress is not None:
                 self.progress(name, len(fits), len(structures))
             with _naming(name):
-                weight = get_modules(self.model, [name])[name].get_parameter("weight").detach()
+                weight = _matrix(self.model, name)
                 if plan.optimum is None:
                     fits[name] = project(weight, structure)
                 else:
                     effort = EFFORT * self.effort
                     fits[name] = best_fit(weight, check_weight(weight), structure, Metric(), effort=effort)
         return Reconstruction(fits, {}, {})
+
+
+def _matrix(model: nn.Module, name: str) -> Tensor:
+    """The dense matrix of this name.
+
+    Raises:
+        GMError: there is none.
+    """
+    weight = read_weight(model, name)
+    if weight is None:
+        raise GMError(f"{type(find_weight(model, name)[0]).__name__} holds no weight matrix")
+    return weight
 
 
 @contextmanager

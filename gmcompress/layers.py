@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 from .errors import GMError
 from .groups import Group
+from .kinds import View
 from .structure import Structure, expand
 
 
-class GMLayer(nn.Module, ABC):
-    """What the layers share: the stored tensors of a structure, and `.weight`, the dense weight computed from them.
+class GMLayer(nn.Module):
+    """What all structured weights share: the stored tensors of a structure, and `.weight`, computed from them.
 
     Parameters: `kernel` (o, i, n, *taps) for o × i blocks of group matrices, with displacement rank r `gates` (o, r, n)
     and `filters` (o, r, i, n, *taps); for a factor part of rank s `left` (rows, s) and `right` (s, columns, *taps), or
@@ -101,16 +101,17 @@ class GMLayer(nn.Module, ABC):
         for name, tensor in given.items():
             own[name].copy_(tensor)
 
-    @abstractmethod
-    def dense(self) -> nn.Module:
-        """The plain torch layer with the same function, its tensors copied."""
+    @property
+    def trains(self) -> bool:
+        """Whether any of the stored tensors takes a gradient."""
+        return any(part.requires_grad for part in self.parts().values())
 
 
 def _filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
-    """The plain layer with weight, bias and flags of a structured one."""
-    weight = layer.weight.detach()
-    trains = any(part.requires_grad for part in layer.parts().values())
-    empty.weight = nn.Parameter(weight.clone(), requires_grad=trains)
+    """The plain layer with weight, bias and flags of a structured one, and with what else was set on it."""
+    own = {*vars(empty), "structure", "weight_shape"}
+    vars(empty).update({key: each for key, each in vars(layer).items() if key not in own})
+    empty.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.trains)
     if layer.bias is not None:
         empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return empty.train(layer.training)
@@ -254,6 +255,62 @@ class GMConv2d(GMLayer):
         return _filled(empty, self)  # type: ignore[return-value]
 
 
+class GMWeight(GMLayer):
+    """The structured weight of any other module, called without arguments for the dense parameter that it stands for.
+
+    `shape` is that of the parameter, `layout` has a letter for each of its axes as in `gmcompress.register`, `groups`
+    are convolution groups. `.weight` is the matrix, (rows, columns, *taps). It is attached to its module, which goes on
+    as before, by `gmcompress.attaching`.
+
+    Raises:
+        GMError: the matrix has not the shape that the structure needs.
+
+    >>> weight = GMWeight((8, 16), "C4", layout="io")
+    >>> weight
+    GMWeight((8, 16), 'C4', layout='io')
+    >>> weight().shape, weight.weight.shape
+    (torch.Size([8, 16]), torch.Size([16, 8]))
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        structure: Structure | Group | str,
+        *,
+        layout: str = "oi",
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self_view = View(layout, tuple(shape), groups)
+        super().__init__(Structure.parse(structure), self_view.matrix_shape, bias=False, device=device, dtype=dtype)
+        self.view = self_view
+
+    def __repr__(self) -> str:
+        options = f", layout={self.view.letters!r}" if self.view.letters != "oi" else ""
+        options += f", groups={self.view.groups}" if self.view.groups > 1 else ""
+        return f"GMWeight({self.view.shape}, {str(self.structure)!r}{options})"
+
+    def forward(self) -> Tensor:
+        """The dense parameter, computed at every call."""
+        return self.view.parameter(self.weight)
+
+    @classmethod
+    @torch.no_grad()
+    def like(cls, parameter: Tensor, view: View, structure: Structure | Group | str) -> GMWeight:
+        """An empty structured weight with the device, dtype and frozen flag of a parameter."""
+        options: dict[str, Any] = {"layout": view.letters, "groups": view.groups}
+        options |= {"device": parameter.device, "dtype": parameter.dtype}
+        with _kept_random(parameter):
+            made = cls(view.shape, structure, **options)
+        return made.requires_grad_(parameter.requires_grad)
+
+
+def _kept_random(parameter: Tensor) -> Any:
+    """The caller's stream of random numbers stays put inside."""
+    return torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else [])
+
+
 def _like_linear(dense: nn.Linear, structure: Structure, options: dict[str, Any]) -> GMLayer:
     return GMLinear(dense.in_features, dense.out_features, structure, **options)
 
@@ -282,6 +339,8 @@ COUNTERPARTS: dict[type[nn.Module], Callable[[Any, Structure, dict[str, Any]], G
 def counterpart(dense: nn.Module, structure: Structure | Group | str) -> GMLayer:
     """An empty structured layer with the hyperparameters, device, dtype, mode and frozen flags of a dense one.
 
+    Whatever else was set on the dense layer is set on this one too.
+
     Raises:
         GMError: there is no structured layer for this type, or the widths do not fit.
 
@@ -293,10 +352,11 @@ def counterpart(dense: nn.Module, structure: Structure | Group | str) -> GMLayer
         raise GMError(f"there is no structured layer for {type(dense).__name__}; there is one for {known}")
     weight, bias = dense.get_parameter("weight"), dense.bias
     options = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):  # the caller's stream stays put
+    with _kept_random(weight):
         layer = COUNTERPARTS[type(dense)](dense, Structure.parse(structure), options).train(dense.training)
     for part in layer.parts().values():
         part.requires_grad_(weight.requires_grad)
     if isinstance(bias, nn.Parameter) and layer.bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)
+    vars(layer).update({key: each for key, each in vars(dense).items() if key not in vars(layer)})
     return layer

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .attaching import CHILD, dense_class, structured
 from .errors import GMError
-from .layers import GMLayer
+from .kinds import kind_of
+from .layers import GMLayer, GMWeight
 from .structure import Structure, displacement_rank, distance, generator_displacement_rank
-from .surgery import Inputs, check_model, describe, run, shell, weight_of
+from .surgery import Inputs, check_model, describe, find_weight, run, shell
 from .tables import table_text
 
 
@@ -152,9 +154,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
         if isinstance(output, Tensor):
             total += layer_macs(module, output, _inputs[0] if _inputs else None)
 
-    handles = [
-        module.register_forward_hook(add) for module in model.modules() if isinstance(module, (*_COUNTED, GMLayer))
-    ]
+    handles = [each.register_forward_hook(add) for each in model.modules() if is_counted(each)]
     try:
         with FlopCounterMode(display=False) as counter:
             run(model, inputs)
@@ -164,9 +164,15 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
     return total, counter.get_total_flops() // 2
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_COUNTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_COUNTED = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, GMLayer)
+_COUNTED_BY_NAME = ("transformers.pytorch_utils.Conv1D",)
+
+
+def is_counted(layer: nn.Module) -> bool:
+    """Whether a module is a linear layer or convolution, or computes a weight."""
+    names = {kind_of(cls) for cls in dense_class(layer).__mro__}
+    return isinstance(layer, _COUNTED) or not names.isdisjoint(_COUNTED_BY_NAME)
 
 
 def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) -> int:
@@ -174,34 +180,60 @@ def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) ->
 
     A structured layer runs the dense product with its computed weight, after the products that compute it.
     """
+    if isinstance(layer, GMWeight):  # the product is its module's
+        return expansion_macs(layer.structure, layer.weight_shape)
+    extra = expansion_macs(layer.structure, layer.weight_shape) if isinstance(layer, GMLayer) else 0
+    return _positions(layer, output, given) * prod(_weight_shape(layer)) + extra
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the parameter `weight`, dense or structured."""
+    attached = layer._modules.get(CHILD + "weight")
+    if isinstance(attached, GMWeight):
+        return attached.view.shape
     if isinstance(layer, GMLayer):
-        return output.numel() * prod(layer.weight_shape[1:]) + expansion_macs(layer.structure, layer.weight_shape)
-    weight = weight_of(layer)
-    assert weight is not None, "only layers that hold a weight are counted"
-    shape = weight.shape
+        return layer.weight_shape
+    weight = layer.weight
+    assert isinstance(weight, Tensor), "only layers that hold a weight are counted"
+    return tuple(weight.shape)
+
+
+def _positions(layer: nn.Module, output: Tensor, given: Tensor | None) -> int:
+    """How often a layer applied its weight in one call: numbers of output over rows, of input if transposed."""
+    shape = _weight_shape(layer)
     if isinstance(layer, _TRANSPOSED):
-        return (given.numel() if given is not None else 0) * prod(shape[1:])
-    return output.numel() * prod(shape[1:])
+        return 0 if given is None else given.numel() // shape[0]
+    by_name = not isinstance(layer, _COUNTED)  # which lies (columns, rows)
+    return output.numel() // shape[1 if by_name else 0]
 
 
 def layer_positions(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, int]:
-    """How often each layer applies its weight in one run: numbers of output over rows; 0 where it is never called."""
+    """How often each weight is applied in one run by the layers that are counted; 0 where it never is."""
     counts = dict.fromkeys(names, 0)
     handles = []
     for name in names:
 
-        def hook(module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
-            weight = weight_of(module)
-            if isinstance(output, Tensor) and weight is not None:
-                counts[name] += output.numel() // weight.shape[0]
+        def hook(module: nn.Module, given: Any, output: Any, name: str = name) -> None:
+            if isinstance(output, Tensor):
+                counts[name] += _positions(module, output, given[0] if given else None)
 
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
+        for module in _appliers(model, name):
+            handles.append(module.register_forward_hook(hook))
     try:
         run(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return counts
+
+
+def _appliers(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules, counted ones alone, that apply the weight of this name."""
+    module, key = find_weight(model, name)
+    weight = module._parameters.get(key)
+    if key != "weight" or weight is None:
+        return [module] if key == "weight" and is_counted(module) else []
+    return [each for each in model.modules() if each._parameters.get(key) is weight and is_counted(each)]
 
 
 def expansion_macs(structure: Structure, shape: tuple[int, ...]) -> int:
@@ -222,7 +254,7 @@ def equivariance(model: nn.Module, *, tolerance: float | None = None) -> list[di
     Raises:
         GMError: the model has no structured layer.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, GMLayer)}
+    layers = structured(model)
     if not layers:
         raise GMError("the model has no structured layer; compress it first")
     rows: list[dict[str, Any]] = []

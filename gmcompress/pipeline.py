@@ -14,19 +14,20 @@ from torch.utils._pytree import tree_flatten
 
 from . import metrics
 from .allocation import allocate
+from .attaching import empty, exchange, remember, set_bias, structured
 from .budgets import Given, parse_budget
 from .calibration import SAMPLES, take
 from .errors import GMError, nearest_names
 from .groups import Group
 from .jobs import Job
-from .layers import GMLayer, counterpart
+from .layers import GMLayer, GMWeight
 from .metrics import measure_together
 from .planning import Override, Plan, Rule, Rules, choose
 from .projection import Fit, svd_error
 from .reconstruction import Reconstruction
 from .reporting import Report, Result
 from .structure import distance, expand
-from .surgery import Inputs, check_model, describe, get_modules, replace, run, shell, trace, weight_of
+from .surgery import Inputs, check_model, conv_groups_of, describe, find_weight, read_weight, run, shell, trace
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
@@ -168,18 +169,21 @@ def compress(
     dense = shell(model) if inplace else model
     expected = None if job.inputs is None else run(shell(model), job.inputs)
     fits = job.fits(plan, job.notes(checkpoint, "fits", {}))
-    originals = get_modules(model, plan.layers)
-    new_layers = {name: _layer(name, originals[name], fits) for name in plan.layers}
-    rows = [_row(name, originals[name], fits.fits[name]) for name in plan.layers]
-    small = replace(model, new_layers, inplace=inplace)
-    kept = set_means(small, fits.means)
+    new_layers = {name: _layer(model, name, fits) for name in plan.layers}
+    rows = [_row(model, name, fits.fits[name]) for name in plan.layers]
+    put_back, kept = remember(model), {}
     try:
+        small = exchange(model, new_layers, inplace=inplace)
+        for name in fits.biases:
+            if isinstance(new_layers[name], GMWeight):  # its module keeps its bias
+                set_bias(small, name, fits.biases[name])
+        kept = set_means(small, fits.means)
         if job.inputs is not None:
             check_outputs(expected, run(shell(small), job.inputs))
         before, after = measure_together([dense, small], job.inputs)
-    except GMError:
+    except BaseException:
         if inplace:
-            replace(model, originals, inplace=True)  # as it was
+            put_back()
             set_means(model, kept)
         raise
     report = Report(model_name(model), plan, before, after, tuple(rows))
@@ -192,9 +196,9 @@ def check_plan(plan: Plan, model: nn.Module) -> None:
     Raises:
         GMError: a layer of the plan is missing, or has another shape.
     """
-    for name, layer in get_modules(model, plan.layers).items():
-        there, weight = plan.site(name).shape, weight_of(layer)
-        here = None if weight is None else tuple(weight.shape)
+    for name in plan.layers:
+        there, weight = plan.site(name).shape, read_weight(model, name)
+        here = "is not known to be a matrix" if weight is None else tuple(weight.shape)
         if there != here:
             raise GMError(f"the plan is for another network: {name!r} has shape {there} there, {here} here")
 
@@ -210,25 +214,26 @@ def set_means(model: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor
     return had
 
 
-def _layer(name: str, dense: nn.Module, found: Reconstruction) -> GMLayer:
-    """The structured layer in place of a dense one, filled with the fitted weight.
+def _layer(model: nn.Module, name: str, found: Reconstruction) -> GMLayer:
+    """The structured layer or weight in place of a dense one, filled with the fitted weight.
 
     Raises:
         GMError: naming the layer, that the structure does not fit.
     """
     fit = found.fits[name]
     try:
-        layer = counterpart(dense, fit.structure)
+        layer = empty(model, name, fit.structure)
     except GMError as problem:
         raise GMError(f"layer {name or '(the model itself)'!r}: {problem}") from None
-    bias = found.biases.get(name, dense.bias)
-    layer.assign(fit.tensors, bias=bias if isinstance(bias, Tensor) else None)
+    bias = None if layer.bias is None else found.biases.get(name, find_weight(model, name)[0].get_parameter("bias"))
+    layer.assign(fit.tensors, bias=bias)
     return layer
 
 
-def _row(name: str, dense: nn.Module, fit: Fit) -> dict[str, Any]:
+def _row(model: nn.Module, name: str, fit: Fit) -> dict[str, Any]:
     """The row of the report on one layer, with plain SVD of the same size as its control."""
-    weight = dense.get_parameter("weight")
+    weight = read_weight(model, name)
+    assert weight is not None, "the plan was checked to fit the model"
     stored = fit.structure.parameters(weight.shape)
     with_fit = _distance_of(fit, tuple(weight.shape))
     return {
@@ -238,7 +243,7 @@ def _row(name: str, dense: nn.Module, fit: Fit) -> dict[str, Any]:
         "stored": stored,
         "relative_error": fit.relative_error,
         "loss": fit.loss,
-        "svd_error": svd_error(weight, stored, conv_groups=getattr(dense, "groups", 1)),
+        "svd_error": svd_error(weight, stored, conv_groups=conv_groups_of(model, name)),
         "distance_before": fit.distance,
         "distance_compressed": with_fit,
         "distance_tuned": None,
@@ -310,11 +315,10 @@ def tune(
 
 def tuned_result(result: Result, tuned: nn.Module, history: Iterable[Mapping[str, Any]]) -> Result:
     """The result with its fine-tuned model, the distances and metrics measured again."""
-    layers = get_modules(tuned, [row["layer"] for row in result.report.layers])
+    layers = structured(tuned)
     rows = []
     for row in result.report.layers:
         layer = layers[row["layer"]]
-        assert isinstance(layer, GMLayer)
         tuned_distance = None
         if layer.structure.group is not None:
             tuned_distance = distance(layer.weight.detach(), layer.structure, relative=True)
@@ -342,14 +346,3 @@ def equivariance(model: Result | nn.Module, *, tolerance: float | None = None) -
         row | {key: known[row["layer"]][key] for key in ("distance_before", "distance_compressed")}
         for row in metrics.equivariance(model.model, tolerance=tolerance)
     ]
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain torch layers of the same function in place of the structured ones.
-
-    >>> small = compress(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), "C8xC8").model
-    >>> densify(small)[0]
-    Linear(in_features=64, out_features=64, bias=True)
-    """
-    dense = {name: module.dense() for name, module in model.named_modules() if isinstance(module, GMLayer)}
-    return replace(model, dense)

@@ -14,10 +14,9 @@ from .errors import GMError, nearest_names, shown
 from .files import parse_json
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
-from .layers import COUNTERPARTS
 from .rules import Rule, Rules, listed, matching, told
 from .structure import Structure
-from .surgery import Site, kind_of
+from .surgery import TIED_HEAD, Site
 from .tables import percent, table_text
 
 MAX_COUNT = 1 << 40  # of numbers in a weight or a model
@@ -322,14 +321,12 @@ def _left_out(site: Site, rules: _Rules) -> str:
     excluding = rules.first(rules.exclude, site)
     if excluding is not None:
         return f"excluded by {told(excluding)}"
-    if site.kind not in {kind_of(each) for each in COUNTERPARTS}:
-        return f"there is no structured layer for {site.kind.rsplit('.', 1)[-1]}"
     if site.obstacle:
         return site.obstacle
     overriding = rules.first(rules.overrides, site)
     if overriding is not None:
         return f"left dense by the override {told(overriding)}" if rules.overrides[overriding] is None else ""
-    if site.role and rules.first(rules.include, site) is None:
+    if site.role not in ("", TIED_HEAD) and rules.first(rules.include, site) is None:
         return f"it is the {site.role}, left dense unless include names it"
     return ""
 

@@ -16,7 +16,7 @@ from .files import json_digest
 from .notes import Notes
 from .projection import Fit, project, relative_error, svd_error
 from .structure import Structure, expand
-from .surgery import Inputs
+from .surgery import Inputs, find_weight, is_plain, read_weight, write_weight
 
 PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
 FEWEST = 4  # passes in any case
@@ -87,8 +87,9 @@ def calibrate(
 ) -> Calibration:
     """What is known before any layer is replaced; `macs` are the multiply-adds of one example.
 
-    `effort` multiplies what is spent on passes and fits.
+    `effort` multiplies what is spent on passes and fits. Only plain layers have moments, see `is_plain`.
     """
+    names = [name for name in names if is_plain(dense, name)]
     few = first_examples(batches, max(FEWEST_BACKWARD, int(BACKWARD_PASSES / max(1, 3 * macs))))
     found = output_moments(dense, few, names, logits=logits, seed=seed)
     damped, seen = {}, sum(count_examples(each) for each in few)
@@ -113,12 +114,13 @@ class Reconstruction:
     def take_in(self, name: str, small: nn.Module, fit: Fit, bias: Tensor | None, mean: Mean | None) -> None:
         """Note the fit of one layer, and put it into the compressed model."""
         self.fits[name] = fit
-        layer = small.get_submodule(name)
-        weight = layer.get_parameter("weight")
-        weight.copy_(expand({k: v.to(weight) for k, v in fit.tensors.items()}, fit.structure, weight.shape))
+        weight = read_weight(small, name)
+        assert weight is not None, "a plan is checked to fit its model"
+        fitted = expand({k: v.to(weight) for k, v in fit.tensors.items()}, fit.structure, weight.shape)
+        write_weight(small, name, fitted)
         if bias is not None:
             self.biases[name] = bias
-            layer.get_parameter("bias").copy_(bias)
+            find_weight(small, name)[0].get_parameter("bias").copy_(bias)
         if mean is not None:
             self.means[mean[0]] = mean[1]
             small.get_submodule(mean[0]).get_buffer("running_mean").copy_(mean[1])
@@ -137,20 +139,28 @@ def reconstruct(
 
     The shift of the mean output that a fit leaves is taken out of the layer's bias or of the BatchNorm behind it. Of
     layers run in one pass only the first makes up for the errors before it, in weight and mean: were several to do so
-    that see the same errors, these would be made up for several times.
+    that see the same errors, these would be made up for several times. Weights of other modules than plain layers have
+    no moments; they are fitted first, so that the layers make up for their errors too.
     """
     notes, kind = notes or Notes(None, {}), "fit-" + plan_digest(structures, calibration.effort)
     found = Reconstruction({}, {}, {})
-    names = list(structures)
+    plain = {name: is_plain(dense, name) for name in structures}
+    names = sorted(structures, key=lambda name: plain[name])
     while names and (kept := notes.read(kind, names[0])):
         found.take_in(names.pop(0), small, *_remembered(*kept))
-    for chunk in calibration.chunks(dense, names):
-        moments = collect(dense, small, chunk, calibration.batches)
+    others = [[name] for name in names if not plain[name]]
+    for chunk in others + calibration.chunks(dense, [name for name in names if plain[name]]):
+        moments = collect(dense, small, chunk, calibration.batches) if plain[chunk[0]] else {}
         for name in chunk:
             if progress is not None:
                 progress(name, len(found.fits), len(structures))
-            layer, seen = dense.get_submodule(name), moments.pop(name, None)
-            fit = _fit(name, layer, structures[name], calibration, seen, corrects=name == chunk[0])
+            layer, seen, weight = find_weight(dense, name)[0], moments.pop(name, None), read_weight(dense, name)
+            assert weight is not None, "a plan is checked to fit its model"
+            metric = calibration.metric(name, layer, seen)
+            target = weight.double()
+            if seen is not None and name == chunk[0]:
+                target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
+            fit = best_fit(weight, target, structures[name], metric, effort=calibration.effort)
             met = seen if seen is None or name == chunk[0] else replace(seen, mean=seen.dense_mean)
             bias, mean = _absorbed(name, layer, small, fit, calibration, met)
             found.take_in(name, small, fit, bias, mean)
@@ -195,26 +205,6 @@ def _remembered(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     numbers = {key: facts[key] for key in ("relative_error", "distance", "loss")}
     fit = Fit(Structure.parse(facts["structure"]), parts, **numbers)
     return fit, tensors.get("bias"), (facts["norm"], tensors["mean"]) if "mean" in tensors else None
-
-
-def _fit(
-    name: str,
-    layer: nn.Module,
-    structure: Structure,
-    calibration: Calibration,
-    moments: Moments | None,
-    *,
-    corrects: bool,
-) -> Fit:
-    """The fit of one layer, or plain whitened SVD of at most its size, should that be nearer.
-
-    Only a layer that `corrects` makes up for the errors before it.
-    """
-    weight = layer.get_parameter("weight").detach()
-    metric, wanted = calibration.metric(name, layer, moments), weight.double()
-    if moments is not None and corrects:
-        wanted = (moments.centred() if calibration.absorbs(name, layer) else moments).target(wanted)
-    return best_fit(weight, wanted, structure, metric, effort=calibration.effort)
 
 
 def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metric, *, effort: float = EFFORT) -> Fit:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from .errors import GMError, nearest_names, shown
-from .surgery import Site, kind_of
+from .kinds import kind_of
+from .surgery import Site
 
 Rule = str | type[nn.Module]
 Rules = Rule | Sequence[Rule]

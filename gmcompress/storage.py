@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .attaching import CHILD, empty, exchange, structured
 from .errors import GMError, nearest_names, shown
 from .files import file_digest, new_folder, read_json, read_tensors, sealed, unsealed, usable, write_json, write_tensors
-from .layers import GMLayer, counterpart
 from .planning import Plan
 from .reporting import Result
-from .surgery import Inputs, check_model, get_modules, replace, run, shell
+from .surgery import Inputs, check_model, find_weight, run, shell
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CHECK = "gmcompress.json", "model.safetensors", "check.safetensors"
@@ -62,7 +62,7 @@ def save(
         warnings.warn(
             "saved without example inputs, so load() cannot run the model to check it; pass inputs=", stacklevel=2
         )
-    layers = {name: str(each.structure) for name, each in model.named_modules() if isinstance(each, GMLayer)}
+    layers = {name: str(each.structure) for name, each in structured(model).items()}
     content: dict[str, Any] = {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("gmcompress", "torch", "timm")}
@@ -94,8 +94,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     content = _description(place)
     dense = _built(content["source"], place) if model is None else model
     check_model(dense)
-    small = _rebuilt(dense, content["layers"], place)
-    _fill(small, read_tensors(place / WEIGHTS), content, place)
+    tensors = read_tensors(place / WEIGHTS)
+    small = _rebuilt(dense, content["layers"], tensors, place)
+    _fill(small, tensors, content, place)
     _check_pair(small.eval(), read_tensors(place / CHECK), content["check"], place)
     return small
 
@@ -230,11 +231,16 @@ def _built(source: Any, place: Path) -> nn.Module:
         raise GMError(f"timm cannot build {name!r} with {shown(options)}: {problem}") from problem
 
 
-def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], place: Path) -> nn.Module:
-    """A copy of the dense model with empty structured layers in place."""
+def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, Tensor], place: Path) -> nn.Module:
+    """A copy of the dense model with empty structured layers and weights in place, as the names of the tensors say."""
     try:
-        originals = get_modules(dense, layers)
-        return replace(dense, {name: counterpart(originals[name], text) for name, text in layers.items()})
+        made = {}
+        for name, text in layers.items():
+            key = find_weight(dense, name)[1]
+            path = name if key == "weight" else name.rpartition(".")[0]
+            child = f"{path}.{CHILD}{key}." if path else f"{CHILD}{key}."
+            made[name] = empty(dense, name, text, replaced=not any(each.startswith(child) for each in tensors))
+        return exchange(dense, made)
     except GMError as problem:
         raise GMError(f"{place} was saved from another model: {problem}") from None
 

@@ -1,7 +1,8 @@
 """Trace and replace: which modules hold weights, in which order they run, and how one is put in another's place.
 
 Knows modules, names and call sites, and no mathematics. Networks are analysed by running or tracing them and changed by
-module name, never by position in a graph.
+name, never by position in a graph. A weight has the name of its module where it is the parameter `weight`, and that of
+the parameter otherwise: "head", "attention.in_proj_weight".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from .errors import GMError, nearest_names
+from .kinds import check_registered, kind_of, rows_in_groups, view_of
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -32,13 +34,18 @@ WRAPPERS = {
 }
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TIED_HEAD = "output embedding"  # the role of an embedding that is the output head too
+
+
 @dataclass(frozen=True)
 class Site:
-    """One module that holds a weight matrix: the facts from which a plan is made.
+    """One weight matrix, with all the modules that hold it: the facts from which a plan is made.
 
     `shape` is (rows, columns, *taps); in a grouped convolution the columns are those of one of its `conv_groups`.
-    `calls` counts runs in one forward pass, None where that is unknown. `role` is "stem", "classifier" or "".
-    `obstacle` says why the module cannot be replaced, "" where it can.
+    `calls` counts runs in one forward pass, None where that is unknown. `role` is "stem", "classifier", "output
+    embedding" (tied to an embedding) or "". `obstacle` says why it cannot be compressed, "" where it can; the shape is
+    then that of the parameter. `aliases` are its other names, of tied weights those of all modules that hold them.
     """
 
     name: str
@@ -52,11 +59,36 @@ class Site:
     obstacle: str
 
 
+@dataclass(frozen=True)
+class Holder:
+    """A module, its first name, and the name under which it holds a parameter, which may be computed."""
+
+    path: str
+    module: nn.Module
+    key: str
+    parameter: Tensor
+
+    @property
+    def name(self) -> str:
+        """The name of the weight held."""
+        return site_name(self.path, self.key)
+
+
+def site_name(path: str, key: str) -> str:
+    """The name of a weight: that of its module, or, where it is not called `weight`, its own.
+
+    >>> site_name("attention", "in_proj_weight"), site_name("", "weight")
+    ('attention.in_proj_weight', '')
+    """
+    return path if key == "weight" else f"{path}.{key}" if path else key
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse what cannot be analysed as a plain module.
 
     Raises:
-        GMError: not a module; wrapped by DDP, FSDP, torch.compile or an EMA; scripted; or its weights are on meta.
+        GMError: not a module; wrapped by DDP, FSDP, torch.compile or an EMA; scripted; or its weights are on meta
+            or not yet initialised.
     """
     if not isinstance(model, nn.Module):
         raise GMError(f"a model is a torch.nn.Module, not {type(model).__name__}")
@@ -70,6 +102,8 @@ def check_model(model: nn.Module) -> None:
                 f"the model holds a scripted module ({name or 'the root'}); pass the nn.Module it was made from"
             )
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise GMError(f"{name!r} is not initialised yet; run the model once before")
         if type(parameter.data).__name__ == "DTensor":
             raise GMError(f"{name!r} is sharded (DTensor); gather the model's full parameters first")
         if parameter.is_meta:
@@ -84,14 +118,20 @@ def shell(model: nn.Module) -> nn.Module:
     Raises:
         GMError: the model cannot be copied.
     """
-    kept = [each for each in model.parameters() if not isinstance(each, nn.parameter.UninitializedParameter)]
-    return duplicate(model, {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in kept}).eval()
+    memo = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:  # whose run changes it
+            memo |= {id(each): nn.Parameter(each.detach().clone(), False) for each in module.parameters()}
+    return duplicate(model, memo).eval()
 
 
 def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy in which every object in `memo`, by id, stands for what the memo holds."""
+    computed = (each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor))
+    # pruning keeps one, computed anew at every call, in place of a parameter
+    leaves = {id(each): each.detach().clone() for each in computed if each.grad_fn is not None}
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, leaves | memo)
     except Exception as problem:
         raise GMError(
             f"this {type(model).__name__} cannot be copied ({problem}); inplace=True works without"
@@ -148,40 +188,143 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    holders = {name: module for name, module in model.named_modules() if weight_of(module) is not None}
+    found = holders(model)
     calls = _calls_by_run(model, inputs) if inputs is not None else _calls_by_fx(model)
     order = {name: at for at, name in enumerate(calls)} if calls is not None else {}
-    ordered = sorted(holders, key=lambda name: order.get(name, len(order)))  # stable: what never runs comes last
-    ran = ordered if calls is None else [name for name in ordered if name in calls]
-    roles = _roles(model, ran, holders)
-    shared = _shared_weights(model)
-    return tuple(
-        Site(
-            name=name,
-            aliases=tuple(alias for alias in names[id(holders[name])] if alias != name),
-            kind=kind_of(type(holders[name])),
-            shape=tuple(weight_of(holders[name]).shape),  # type: ignore[union-attr]
-            conv_groups=getattr(holders[name], "groups", 1),
-            parameters=sum(each.numel() for each in holders[name].parameters(recurse=False)),
-            calls=None if calls is None else calls.get(name, 0),
-            role=roles.get(name, ""),
-            obstacle=_obstacle(holders[name], name, shared),
-        )
-        for name in ordered
+    layers = {each.path: each.module for held in found for each in held if each.key == "weight"}
+    defined = {name: layers[name] for name, _ in model.named_modules() if name in layers}
+    roles = _roles(model, defined, calls)
+    sites = [_site(each, names, calls, roles) for each in found]
+    first = [min(order.get(each.path, len(order)) for each in held) for held in found]
+    return tuple(site for _, site in sorted(zip(first, sites, strict=True), key=lambda pair: pair[0]))  # stable
+
+
+def holders(model: nn.Module) -> list[list[Holder]]:
+    """For every parameter of at least two axes, in the order of definition, all the modules that hold it.
+
+    Those not known as matrices are left out where all axes but one have size 1: they are vectors.
+
+    Raises:
+        GMError: a module has not the parameters that its class was registered with.
+    """
+    found: dict[int, list[Holder]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):  # its module holds what is computed from these
+            continue
+        check_registered(module, {*module._parameters, *_computed(module)})
+        held = {key: each for key, each in module._parameters.items() if each is not None}
+        if parametrize.is_parametrized(module):
+            held |= {key: _parametrized(module, key) for key in module.parametrizations}
+        for key, parameter in held.items():
+            if parameter.dim() < 2 or not parameter.numel():
+                continue
+            known = view_of(module, key, parameter) is not None
+            if known or parameter.numel() > max(parameter.shape):
+                found.setdefault(id(parameter), []).append(Holder(path, module, key, parameter))
+    return list(found.values())
+
+
+@torch.no_grad()
+def _parametrized(module: nn.Module, key: str) -> Tensor:
+    """The value of a parametrized parameter, found on a copy: computing it may change what it is computed from."""
+    parametrizations: Any = module.parametrizations
+    return copy.deepcopy(parametrizations[key]).eval()()
+
+
+def _computed(module: nn.Module) -> list[str]:
+    """The names that a class computes: parametrized or structured weights."""
+    return [name for cls in type(module).__mro__ for name, each in vars(cls).items() if isinstance(each, property)]
+
+
+def _site(
+    held: Sequence[Holder],
+    names: Mapping[int, Sequence[str]],
+    calls: Mapping[str, int] | None,
+    roles: Mapping[str, str],
+) -> Site:
+    first = held[0]
+    parameter = first.parameter
+    view, whole = view_of(first.module, first.key, parameter), first.key == "weight" and len(held) == 1
+    aliases = [site_name(path, each.key) for each in held for path in names[id(each.module)]]
+    role = next((roles[each.name] for each in held if each.name in roles), "")
+    if role and len(held) > 1 and any(isinstance(each.module, nn.Embedding | nn.EmbeddingBag) for each in held):
+        role = TIED_HEAD
+    own = sum(each.numel() for each in first.module.parameters(recurse=False))
+    return Site(
+        name=first.name,
+        aliases=tuple(each for each in dict.fromkeys(aliases) if each != first.name),
+        kind=kind_of(type(first.module)),
+        shape=tuple(parameter.shape) if view is None else view.matrix_shape,
+        conv_groups=rows_in_groups(first.module, first.key),
+        parameters=own if whole else parameter.numel(),
+        calls=None if calls is None else sum(calls.get(each, 0) for each in {each.path for each in held}),
+        role=role,
+        obstacle=next(filter(None, map(_obstacle, held)), ""),
     )
 
 
-def kind_of(cls: type[nn.Module]) -> str:
-    """The full name of a module class: 'torch.nn.modules.linear.Linear'."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+def find_weight(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the weight of this name, and the name of the parameter there.
+
+    Raises:
+        GMError: the model has no module or parameter of that name.
+    """
+    module = _module(model, name)
+    if module is not None:
+        return module, "weight"
+    path, _, key = name.rpartition(".")
+    module = _module(model, path)
+    if module is not None and module._parameters.get(key) is not None:
+        return module, key
+    return get_modules(model, [name])[name], "weight"  # tells the nearest names
 
 
-def weight_of(module: nn.Module) -> Tensor | None:
-    """The weight matrix of a module, a parametrized one included; None where it holds none."""
-    found = getattr(module, "weight", None) if parametrize.is_parametrized(module) else module._parameters.get("weight")
-    if isinstance(found, nn.parameter.UninitializedParameter) or not isinstance(found, Tensor):
-        return None
-    return found if found.dim() >= 2 else None
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for each in path.split(".") if path else ():
+        found = None if found is None else found._modules.get(each)
+    return found
+
+
+def read_weight(model: nn.Module, name: str) -> Tensor | None:  # (rows, columns, *taps)
+    """The dense matrix of this name, detached; None where the module of this name holds none.
+
+    Raises:
+        GMError: the model has no module or parameter of that name.
+
+    >>> read_weight(nn.ConvTranspose1d(8, 4, 3), "").shape
+    torch.Size([4, 8, 3])
+    """
+    module, key = find_weight(model, name)
+    parameter = module._parameters.get(key)
+    view = None if parameter is None else view_of(module, key, parameter)
+    return None if parameter is None or view is None else view.matrix(parameter.detach())
+
+
+@torch.no_grad()
+def write_weight(model: nn.Module, name: str, matrix: Tensor) -> None:
+    """Set the values of a dense parameter to those of a matrix (rows, columns, *taps)."""
+    module, key = find_weight(model, name)
+    parameter = module.get_parameter(key)
+    view = view_of(module, key, parameter)
+    assert view is not None, "what is planned is known to be a matrix"
+    parameter.copy_(view.parameter(matrix.to(parameter)))
+
+
+def is_plain(model: nn.Module, name: str) -> bool:
+    """Whether a weight W is that of a Linear or Conv2d alone, whose outputs are W x and a bias of its own."""
+    module, key = find_weight(model, name)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if type(module) not in (nn.Linear, nn.Conv2d) or key != "weight" or hooked:
+        return False
+    own = {id(each) for each in module._parameters.values() if each is not None}
+    others = (each for each in model.modules() if each is not module)
+    return all(own.isdisjoint(map(id, each._parameters.values())) for each in others)
+
+
+def conv_groups_of(model: nn.Module, name: str) -> int:
+    """The convolution groups in which the rows of the matrix of this name are."""
+    return rows_in_groups(*find_weight(model, name))
 
 
 def _calls_by_run(model: nn.Module, inputs: Inputs) -> Counter[str]:
@@ -214,51 +357,47 @@ def _calls_by_fx(model: nn.Module) -> Counter[str] | None:
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
 
 
-def _roles(model: nn.Module, ran: Sequence[str], holders: Mapping[str, nn.Module]) -> dict[str, str]:
+def _roles(model: nn.Module, layers: Mapping[str, nn.Module], calls: Mapping[str, int] | None) -> dict[str, str]:
     """The stem is the convolution that runs first; the classifier is what timm says, else the last layer, if linear."""
+    ran = [name for name in (layers if calls is None else calls) if name in layers]
     if len(ran) < 2:
         return {}
     roles = {}
-    if isinstance(holders[ran[0]], nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(layers[ran[0]], nn.Conv1d | nn.Conv2d | nn.Conv3d):
         roles[ran[0]] = "stem"
     config = getattr(model, "pretrained_cfg", None)
     named = config.get("classifier") if isinstance(config, Mapping) else None
     if named:
         heads = [named] if isinstance(named, str) else list(named)
         roles.update({name: "classifier" for name in ran if name in heads})
-    elif isinstance(holders[ran[-1]], nn.Linear):
+    elif isinstance(layers[ran[-1]], nn.Linear):
         roles[ran[-1]] = "classifier"
     return roles
 
 
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """For every parameter, by id, the full names under which distinct modules hold it."""
-    found: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return found
-
-
-def _obstacle(module: nn.Module, name: str, shared: Mapping[int, Sequence[str]]) -> str:
+def _obstacle(holder: Holder) -> str:
+    """Why a parameter cannot become structured in this module; "" where it can."""
+    module, key, parameter = holder.module, holder.key, holder.parameter
+    name = type(module).__name__
     if parametrize.is_parametrized(module):
-        return "its weight is parametrized; remove the parametrization first"
-    extra = sorted(set(module._parameters) - {"weight", "bias"})
-    if extra:
-        return f"it holds further parameters: {', '.join(extra)}"
-    for key, parameter in module._parameters.items():
-        own = f"{name}.{key}" if name else key
-        others = [each for each in shared.get(id(parameter), ()) if each != own]
-        if others:
-            return f"its {key} is shared with {others[0]}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it carries hooks, which a new layer would lose"
+        return f"its {key} is parametrized; remove the parametrization first"
+    source = key.rpartition("_")[0]
+    if isinstance(vars(module).get(source), Tensor):
+        return f"{source} is computed from it by weight_norm, spectral_norm or pruning; remove that first"
+    if isinstance(module, nn.RNNBase):
+        return f"{name} hands its weights to torch as one flat list, in which none can be replaced"
+    if view_of(module, key, parameter) is None:
+        return f"{key} of {name} is not known to be a matrix; gmcompress.register can say so"
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return f"{name} is a container, which would take the stored parts for one of its modules"
     if "forward" in vars(module):
         return "its forward has been replaced on the instance"
-    weight = module._parameters["weight"]
-    if weight is not None and not weight.is_floating_point():
-        return f"its weight is of type {weight.dtype}"
+    if parameter.dtype not in FLOATS:
+        return f"its {key} is of type {parameter.dtype}"
+    if type(parameter.data) is not Tensor:
+        return f"its {key} is a {type(parameter.data).__name__}, which only its own code can read"
+    if getattr(module, "sparse", False) is True:
+        return "its gradients are sparse, which those of a computed weight cannot be"
     return ""
 
 

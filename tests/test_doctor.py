@@ -32,7 +32,11 @@ def test_every_matrix_appears_once_and_what_is_called_compressible_is_compressed
     model, inputs = exhibit.build(), exhibit.inputs() if with_inputs else None
     found = gm.doctor(model, inputs, "C4")
     assert_every_matrix_once(model, found)
-    compressible = {each.module for each in found.findings if each.verdict == "compressible"}
+    compressible = {
+        each.module if each.name.rpartition(".")[2] == "weight" else each.name
+        for each in found.findings
+        if each.verdict == "compressible"
+    }
     assert compressible == set(exhibit.compressed)
     assert found.works == with_inputs  # without inputs nothing has run
     assert found.compressed < found.parameters
@@ -96,7 +100,7 @@ def test_attention_of_torch():
 
     found = findings(Attends(), torch.randn(2, 3, 8))
     inner, outer = found["parts.attention.in_proj_weight"], found["parts.attention.out_proj.weight"]
-    assert inner.verdict == outer.verdict == "unsupported"
+    assert inner.verdict == outer.verdict == "compressible"
     assert inner.kind.endswith("MultiheadAttention")
     assert outer.use == "read functionally"
     assert "parts.attention (MultiheadAttention)" in outer.remarks()
@@ -121,7 +125,8 @@ def test_verdicts_and_quotients():
 
 def test_obstacles():
     tied = findings(zoo.Tied(), torch.arange(4)[None])
-    assert (tied["embedding.weight"].verdict, tied["embedding.weight"].aliases) == ("tied", ("head.weight",))
+    assert (tied["embedding.weight"].verdict, tied["embedding.weight"].aliases) == ("compressible", ("head.weight",))
+    assert "shared with head, and stays so" in tied["embedding.weight"].remarks()
     assert tied["embedding.weight"].use == "called 2 times"
     twice = findings(zoo.TwoNames(), torch.randn(1, 8))["first.weight"]
     assert (twice.verdict, twice.aliases) == ("compressible", ("second.weight",))  # one module, which is no tie
@@ -131,12 +136,12 @@ def test_obstacles():
     frozen = findings(zoo.frozen_strided(), torch.randn(1, 8))["0.weight"]
     assert frozen.verdict == "compressible"
     assert "no obstacle" in frozen.remarks()
-    hooked = zoo.mlp()
-    hooked[0].register_forward_hook(lambda *_: None)
-    assert "hooks" in findings(hooked)["0.weight"].remarks()
-    other = findings(nn.Sequential(nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8)))
-    assert other["1.weight"].verdict == "unsupported"
-    assert "Conv1d" in other["1.weight"].remarks()
+    recurrent = findings(zoo.MODELS["recurrent"].build(), zoo.MODELS["recurrent"].inputs())
+    assert recurrent["lstm.weight_hh_l0"].verdict == "unsupported"
+    assert "one flat list" in recurrent["lstm.weight_hh_l0"].remarks()
+    replaced = zoo.mlp()
+    replaced[0].forward = lambda x: x
+    assert findings(replaced)["0.weight"].verdict == "obstructed"
 
 
 def test_a_model_in_which_nothing_fits_is_examined_all_the_same():

@@ -11,10 +11,10 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg"),
+    ("groups", "files", "tables", "linalg", "kinds"),
     ("structure", "surgery", "checkpoints", "budgets", "notes"),
     ("factors", "layers", "selection", "calibration", "rules"),
-    ("fitting",),
+    ("fitting", "attaching"),
     ("projection",),
     ("planning", "candidates", "metrics", "tuning", "data", "pages"),
     ("reporting", "reconstruction"),

@@ -1,6 +1,7 @@
 """Laws of the structured layers: the dense layer's function, gradients, and everything a module of torch can do."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from gmcompress.errors import GMError
-from gmcompress.layers import COUNTERPARTS, GMConv2d, GMLayer, GMLinear, counterpart
+from gmcompress.layers import COUNTERPARTS, GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from gmcompress.structure import Structure, distance
 
 LINEAR = [(text, shape) for text, shape in STRUCTURES if len(shape) == 2]
@@ -375,6 +376,31 @@ def test_counterpart_leaves_the_random_stream_alone() -> None:
 
     assert_untouched(counterpart, dense, "C8+displacement:1")
     must_fail(assert_untouched, GMLinear, 8, 8, "C8")
+
+
+LAYOUTS = [
+    ((4, 8), "oi", 1),
+    ((8, 4), "io", 1),
+    ((8, 4, 3), "iok", 2),
+    ((4, 8, 2, 2), "oikk", 1),
+    ((2, 2, 8), "ooi", 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout", "groups"), LAYOUTS)
+def test_a_weight_of_any_layout(shape: tuple[int, ...], layout: str, groups: int, generator: Generator) -> None:
+    layer = filled(GMWeight(shape, "C4+lowrank:1", layout=layout, groups=groups, dtype=torch.float64), generator)
+    rows = [at for at, letter in enumerate(layout) if letter == "o"]
+    found = layer()
+    assert tuple(found.shape) == shape
+    assert_close(layer.weight, slow_expand(layer.parts(), layer.structure, layer.weight_shape))
+    assert layer.weight_shape[0] == groups * math.prod(shape[at] for at in rows)
+    assert_close(layer.view.matrix(found), layer.weight)
+    assert repr(eval(repr(layer))) == repr(layer)
+    names, tensors = zip(*layer.named_parameters(), strict=True)
+    assert gradcheck(lambda *given: functional_call(layer, dict(zip(names, given, strict=True)), ()), tensors)
+    like = GMWeight.like(torch.ones(shape, dtype=torch.bfloat16), layer.view, "C4")
+    assert (like.kernel.dtype, like.kernel.requires_grad) == (torch.bfloat16, False)
 
 
 def test_assign(generator: Generator) -> None:

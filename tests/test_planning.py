@@ -52,7 +52,11 @@ def test_reasons():
     assert "the classifier" in reasons["head"]
     assert "1 rows and 1 columns in each convolution group" in reasons["depthwise"]
     assert "7 rows and 16 columns admit no quotient of C4" in reasons["odd"]
-    assert "no structured layer for Embedding" in gm.plan(zoo.Tied(), "C4", rank=1).skipped["embedding"]
+    model = zoo.PassesParameter()
+    model.places = nn.Parameter(torch.zeros(1, 5, 8))
+    reasons = gm.plan(model, "C4", rank=1).skipped
+    assert reasons["places"] == "places of PassesParameter is not known to be a matrix; gmcompress.register can say so"
+    assert "token" not in reasons, "a vector, as a bias is"
     refused = gm.plan(net(8, 16, 16), "C4", rank=2).skipped["0"]
     assert refused == "C4+displacement:2 would store 128 numbers, the dense layer 128"
 

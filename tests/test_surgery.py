@@ -21,12 +21,13 @@ def test_tracing_leaves_the_model_alone(name):
     exhibit = zoo.MODELS[name]
     model = exhibit.build().train()
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    hooks = sum(len(module._forward_pre_hooks) for module in modules)
     for inputs in (None, exhibit.inputs()):
         assert set(exhibit.compressed) <= set(by_name(model, inputs))
     assert model.training
     assert all(old is new for old, new in zip(modules, model.modules(), strict=True))
     assert all(torch.equal(each, before[key]) for key, each in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert sum(len(module._forward_pre_hooks) for module in modules) == hooks
 
 
 def test_roles_and_calls():
@@ -57,11 +58,23 @@ def test_order_is_that_of_the_run_not_of_the_definition():
 
 
 def test_obstacles_are_named():
-    assert "shared with embedding.weight" in by_name(zoo.Tied())["head"].obstacle
     assert "parametrized" in by_name(parametrizations.weight_norm(nn.Linear(4, 4)))[""].obstacle
-    hooked = nn.Linear(4, 4)
-    hooked.register_forward_hook(lambda *_: None)
-    assert "hooks" in by_name(hooked)[""].obstacle
+    sites = by_name(zoo.MODELS["normed"].build())
+    assert "weight_norm, spectral_norm or pruning" in sites["pruned.weight_orig"].obstacle
+    assert "parametrized" in sites["new"].obstacle
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = nn.utils.weight_norm(nn.Linear(4, 4))
+    for each, key in ((old, "weight_v"), (nn.utils.spectral_norm(nn.Linear(4, 4)), "weight_orig")):
+        assert "weight_norm, spectral_norm or pruning" in by_name(each)[key].obstacle
+    assert "one flat list" in by_name(nn.LSTM(4, 4))["weight_hh_l0"].obstacle
+    assert "not known to be a matrix" in by_name(nn.LayerNorm((4, 4)))[""].obstacle
+    assert "container" in by_name(Box())[""].obstacle
+    assert "sparse" in by_name(nn.Embedding(4, 4, sparse=True))[""].obstacle
+    whole = nn.Linear(4, 4)
+    whole.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    assert "torch.int8" in by_name(whole)[""].obstacle
+    for free in (zoo.Tied(), zoo.MODELS["hooked"].build(), zoo.MODELS["standardised"].build()):
+        assert not any(site.obstacle for site in trace(free) if not site.name.endswith("gain"))
     patched = nn.Linear(4, 4)
     patched.forward = lambda x: x
     assert "forward has been replaced" in by_name(patched)[""].obstacle
@@ -70,6 +83,17 @@ def test_obstacles_are_named():
 
 def test_aliases_are_listed():
     assert by_name(zoo.TwoNames())["first"].aliases == ("second",)
+
+
+class Box(nn.Sequential):
+    """A container with a weight of its own."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+
+gm.register(Box, weight="oi")
 
 
 class Wrapper(nn.Module):

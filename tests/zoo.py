@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import kinds_zoo
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -160,7 +161,7 @@ MODELS = {
     "root": Exhibit(lambda: nn.Linear(8, 16), rows(4, 8), ("",)),
     "two names": Exhibit(TwoNames, rows(4, 8), ("first",)),
     "called twice": Exhibit(CalledTwice, rows(4, 8), ("body",)),
-    "tied": Exhibit(Tied, lambda: torch.arange(6).view(2, 3), ("body",)),
+    "tied": Exhibit(Tied, lambda: torch.arange(6).view(2, 3), ("embedding", "body")),
     "convolutions": Exhibit(Convolutions, rows(2, 3, 9, 9), ("dilated", "grouped")),
     "reads weight": Exhibit(ReadsWeight, rows(2, 5, 8), ("qkv", "proj")),
     "passes parameter": Exhibit(PassesParameter, rows(4, 8), ("body",)),
@@ -177,7 +178,7 @@ MODELS = {
     "encoder layer": Exhibit(
         lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), nn.Linear(8, 3)),
         rows(2, 5, 8),
-        ("0.linear1", "0.linear2"),
+        ("0.self_attn.in_proj_weight", "0.self_attn.out_proj", "0.linear1", "0.linear2"),
     ),
     "timm convnet": Exhibit(
         lambda: timm.create_model("test_resnet", num_classes=5),
@@ -194,3 +195,5 @@ MODELS = {
         tuple(f"blocks.{n}.{part}" for n in range(6) for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
     ),
 }
+
+MODELS |= {name: Exhibit(*each) for name, each in kinds_zoo.MODELS.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..attaching import structured
 from ..calibration import take
 from ..data import make_calibration_loader, make_loader
 from ..errors import GMError
@@ -24,7 +25,7 @@ from ..projection import relative_error, svd_error
 from ..reporting import Report, Result
 from ..storage import describe_folder, load, save
 from ..structure import distance
-from ..surgery import get_modules
+from ..surgery import conv_groups_of, read_weight
 from .folders import MODEL, NOTES, REPORTS, START, absolute, begun, check_new, resumed, wait_for
 from .networks import (
     Progress,
@@ -167,19 +168,17 @@ def _as_it_stands(settings: Settings, dense: nn.Module) -> Result:
     if plan is None:
         raise GMError(f"{folder} was saved without its plan: save the Result of compress, not only its model")
     small = load(folder, dense)
-    rows = []
-    for name in plan.layers:
-        layer, old = get_modules(small, [name])[name], get_modules(dense, [name])[name]
-        assert isinstance(layer, GMLayer)
-        rows.append(_row(name, layer, old))
+    layers = structured(small)
+    rows = [_row(name, layers[name], dense) for name in plan.layers]
     before, after = measure_together([dense, small], inputs)
     report = Report(model_name(dense), plan, before, after, tuple(rows))
     return Result(small, plan, report, teacher=dense, inputs=inputs)
 
 
-def _row(name: str, layer: GMLayer, old: nn.Module) -> dict[str, Any]:
+def _row(name: str, layer: GMLayer, old_model: nn.Module) -> dict[str, Any]:
     """The row of the report on a layer whose weight is no fit; `loss` is then the squared relative error."""
-    weight, dense = layer.weight.detach(), old.get_parameter("weight").detach()
+    weight, dense = layer.weight.detach(), read_weight(old_model, name)
+    assert dense is not None, "the folder was rebuilt on this network"
     stored, error = layer.structure.parameters(dense.shape), relative_error(weight, dense)
     grouped = layer.structure.group is not None
     away = [distance(each, layer.structure, relative=True) if grouped else None for each in (dense, weight)]
@@ -190,7 +189,7 @@ def _row(name: str, layer: GMLayer, old: nn.Module) -> dict[str, Any]:
         "stored": stored,
         "relative_error": error,
         "loss": error**2,
-        "svd_error": svd_error(dense, stored, conv_groups=getattr(old, "groups", 1)),
+        "svd_error": svd_error(dense, stored, conv_groups=conv_groups_of(old_model, name)),
         "distance_before": away[0],
         "distance_compressed": away[1],
         "distance_tuned": None,

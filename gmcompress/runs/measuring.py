@@ -7,16 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from ..attaching import densify, empty, exchange
 from ..data import make_loader
 from ..errors import GMError
 from ..groups import Group, normal_subgroups, quotients
 from ..groups import group as parse_group
-from ..layers import counterpart
 from ..metrics import Metrics, measure_together
-from ..pipeline import densify, model_name
+from ..pipeline import model_name
 from ..planning import Plan
-from ..surgery import get_modules
-from ..surgery import replace as exchange
 from .compressing import planned
 from .networks import (
     Accuracy,
@@ -111,8 +109,7 @@ def benchmark_run(
     else:
         dense = _build_for_plan(chosen)
         plan, _ = planned(chosen, dense, progress=progress)
-        layers = get_modules(dense, plan.layers)
-        small = exchange(dense, {name: counterpart(layers[name], text) for name, text in plan.layers.items()})
+        small = exchange(dense, {name: empty(dense, name, text) for name, text in plan.layers.items()})
     networks = {"dense": dense, "compressed": small, "densified": densify(small)}
     rows: list[dict[str, Any]] = []
     for done, batch in enumerate(batch_sizes):

@@ -20,7 +20,7 @@ from ..metrics import count_macs, layer_positions, stored_bytes
 from ..pipeline import compress, sweep
 from ..planning import Plan, eligible
 from ..structure import Structure
-from ..surgery import Inputs, Site, get_modules
+from ..surgery import Inputs, Site, read_weight
 from .compressing import calibration_data, told_as
 from .folders import NOTES, begun, check_new
 from .networks import Progress, accuracy, build, example_inputs, find_device, silent
@@ -174,13 +174,11 @@ def even_svd(plan: Plan, dense: nn.Module, settings: Settings) -> Plan | None:
     """
     rules = {name: rule for name, rule in settings.rules().items() if name != "group"}
     free = eligible(plan.sites, **rules).free
-    weights = {
-        name: layer.get_parameter("weight") for name, layer in get_modules(dense, [s.name for s in free]).items()
-    }
+    weights = {site.name: read_weight(dense, site.name) for site in free}
     room = sum(plan.stored(site.name) if site.name in plan.layers else prod(site.shape) for site in free)
     share = room / sum(prod(site.shape) for site in free)
     try:
-        splits = {name: _better_view(each, share) for name, each in weights.items()}
+        splits = {name: _better_view(each, share) for name, each in weights.items() if each is not None}
     except GMError:  # not even rank 1
         return None
 

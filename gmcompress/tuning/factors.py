@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..attaching import structured
 from ..errors import GMError
-from ..layers import GMLayer
-from ..surgery import weight_of
+from ..layers import GMConv2d, GMLayer, GMLinear, GMWeight
+from ..surgery import read_weight
 
 DECAY_EVERY = 4  # steps; the dense weights are computed once more for it
 FACTORS = ("left", "right", "scales")
 PRODUCTS = (("kernel",), ("gates", "filters"), FACTORS)  # the parts whose products add up to a weight
 COUPLED = re.compile(r"(sgd|nesterov|momentum)$")  # optimizers that take weight decay as part of the gradient
-
-
-def layers_of(model: nn.Module) -> dict[str, GMLayer]:
-    """The structured layers by name."""
-    return {name: each for name, each in model.named_modules() if isinstance(each, GMLayer)}
 
 
 @torch.no_grad()
@@ -40,7 +36,7 @@ def balance_(model: nn.Module) -> None:
     >>> layer.left.flatten().tolist()
     [2.0, 2.0, 2.0, 2.0]
     """
-    for layer in layers_of(model).values():
+    for layer in structured(model).values():
         parts = layer.parts()
         factors = {key: each for key, each in parts.items() if key in FACTORS}
         if "left" in factors and all(each.requires_grad for each in factors.values()):
@@ -89,7 +85,7 @@ class Decay:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, name: str, strength: float) -> None:
         self.optimizer, self.strength, self.coupled = optimizer, strength, COUPLED.search(name) is not None
-        self.layers = list(layers_of(model).values()) if strength else []
+        self.layers = list(structured(model).values()) if strength else []
         self._take_over({id(part) for layer in self.layers for part in layer.parts().values()})
 
     def _take_over(self, own: set[int]) -> None:
@@ -137,10 +133,9 @@ class Annealing:
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, *, share: float) -> None:
         self.share, self.factor = share, 0.0
-        known = {} if teacher is None else dict(teacher.named_modules())
-        self.rests: dict[str, nn.Module] = {}
-        for name, layer in layers_of(student).items() if share else ():
-            wanted = _weight(known.get(name))
+        self.rests: dict[str, Callable[..., Tensor]] = {}
+        for name, layer in structured(student).items() if share else ():
+            wanted = _weight(teacher, name)
             if wanted is not None and wanted.shape == layer.weight_shape:
                 self.rests[name] = _rest(layer, wanted)
         if share and not self.rests:
@@ -149,11 +144,11 @@ class Annealing:
 
     def attach(self, model: nn.Module) -> None:
         """Add the rests to the layers of this model, the student or a copy of it."""
-        modules = dict(model.named_modules())
+        layers = structured(model)
         for name, rest in self.rests.items():
-            self.handles.append(modules[name].register_forward_hook(self._adder(rest), with_kwargs=True))
+            self.handles.append(layers[name].register_forward_hook(self._adder(rest), with_kwargs=True))
 
-    def _adder(self, rest: nn.Module) -> Any:
+    def _adder(self, rest: Callable[..., Tensor]) -> Any:
         def add(_layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
             return output + self.factor * rest(*inputs, **named) if self.factor else output
 
@@ -170,17 +165,28 @@ class Annealing:
         self.handles.clear()
 
 
-def _weight(module: nn.Module | None) -> Tensor | None:
-    if module is None:
+def _weight(model: nn.Module | None, name: str) -> Tensor | None:
+    """The matrix of this name, dense or structured; None where there is none."""
+    if model is None:
         return None
-    return module.weight if isinstance(module, GMLayer) else weight_of(module)
+    layer = structured(model).get(name)
+    if layer is not None:
+        return layer.weight.detach()
+    try:
+        return read_weight(model, name)
+    except GMError:
+        return None
 
 
 @torch.no_grad()
-def _rest(layer: GMLayer, wanted: Tensor) -> nn.Module:
-    """The plain layer without bias whose weight is what the structured one lacks."""
-    rest = layer.dense()
+def _rest(layer: GMLayer, wanted: Tensor) -> Callable[..., Tensor]:
+    """What is called as the layer is, and gives what its outputs, or the parameter itself, lack."""
     missing = wanted.to(layer.weight) - layer.weight
+    if isinstance(layer, GMWeight):
+        parameter = layer.view.parameter(missing)
+        return lambda: parameter
+    assert isinstance(layer, GMLinear | GMConv2d)
+    rest = layer.dense()
     rest.register_parameter("weight", nn.Parameter(missing, requires_grad=False))
     rest.register_parameter("bias", None)
     return rest

@@ -1,0 +1,262 @@
+"""Structured weights in a model: put in the place of layers and parameters, found by name, made dense again.
+
+A plain Linear or Conv2d is replaced by a structured layer. Every other module keeps its class's behaviour, forward,
+hooks, children and other parameters: only the parameter goes, and in its place the module gets a GMWeight as a child
+and a subclass of its class, in which the parameter's name is a property that computes it. So it is with tied weights,
+one GMWeight for all the modules that hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import GMError
+from .groups import Group
+from .kinds import view_of
+from .layers import COUNTERPARTS, GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
+from .structure import Structure
+from .surgery import duplicate, find_weight, holders, is_plain, replace, site_name
+
+CHILD = "structured_"  # and the name of the parameter: the child that holds the GMWeight
+
+
+class _Attached:
+    """Marks the subclasses made here."""
+
+    _dense_class: type[nn.Module]  # what the module was
+    _parameter_names: tuple[str, ...]  # that it had, in their order
+    _attached_names: tuple[str, ...]  # those of them that are computed
+
+
+_SUBCLASSES: dict[tuple[Any, ...], Any] = {}
+
+
+def _subclass(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> Any:
+    """The subclass in which some parameters are computed, the same for the same arguments, copied and pickled as such.
+
+    A class made at run time cannot be found by its name, so an instance is pickled as what makes it.
+    """
+    if (dense, names, attached) in _SUBCLASSES:
+        return _SUBCLASSES[dense, names, attached]
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        found = dense.__reduce_ex__(self, protocol)
+        return (_empty_instance, (dense, names, attached), *found[2:]) if isinstance(found, tuple) else found
+
+    members: dict[str, Any] = {key: property(_getter(CHILD + key)) for key in attached}
+    members |= {"_dense_class": dense, "_parameter_names": names, "_attached_names": attached, "__reduce_ex__": reduce}
+    made = type(f"Structured{dense.__name__}", (dense, _Attached), members)
+    _SUBCLASSES[dense, names, attached] = made
+    return made
+
+
+def _getter(child: str) -> Callable[[nn.Module], Tensor]:
+    return lambda module: getattr(module, child)()
+
+
+def _empty_instance(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> nn.Module:
+    cls = _subclass(dense, names, attached)
+    return cls.__new__(cls)
+
+
+def dense_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, of one with structured weights attached that which it had before.
+
+    >>> dense_class(attach_(nn.Embedding(8, 4), "weight", GMWeight((8, 4), "lowrank:1")))
+    <class 'torch.nn.modules.sparse.Embedding'>
+    """
+    return module._dense_class if isinstance(module, _Attached) else type(module)
+
+
+def attach_(module: nn.Module, key: str, weight: GMWeight) -> nn.Module:
+    """Put a structured weight in the place of a parameter; returns the module.
+
+    Raises:
+        GMError: the module's class can have no subclass made at run time.
+
+    >>> attach_(nn.Embedding(8, 4), "weight", GMWeight((8, 4), "lowrank:1"))
+    StructuredEmbedding(
+      8, 4
+      (structured_weight): GMWeight((8, 4), 'lowrank:1')
+    )
+    """
+    names: tuple[str, ...] = tuple(module._parameters)
+    attached: tuple[str, ...] = (key,)
+    if isinstance(module, _Attached):
+        names, attached = module._parameter_names, (*module._attached_names, key)
+    dense = dense_class(module)
+    try:
+        module.__class__ = _subclass(dense, names, attached)
+    except TypeError as problem:  # slots, a metaclass or __init_subclass__ with arguments
+        raise GMError(f"{dense.__name__} cannot compute its {key}: {problem}; exclude it") from problem
+    del module._parameters[key]
+    module._modules[CHILD + key] = weight.train(module.training)
+    return module
+
+
+def _detach_(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the structured weight of that name, which `attach_` put there."""
+    assert isinstance(module, _Attached)
+    del module._modules[CHILD + key]
+    held = {**module._parameters, key: parameter}
+    dense: Any = module._dense_class
+    names = module._parameter_names
+    module._parameters.clear()  # the order of the parameters is that of an optimizer's state
+    module._parameters.update({each: held.pop(each) for each in names if each in held} | held)
+    left = tuple(each for each in module._attached_names if each != key)
+    module.__class__ = _subclass(dense, names, left) if left else dense
+
+
+def attached(model: nn.Module) -> dict[str, tuple[GMWeight, list[tuple[nn.Module, str]]]]:
+    """The attached weights by name, that of the first module to hold each, and all modules and names under which."""
+    names: dict[int, str] = {}
+    found: dict[str, tuple[GMWeight, list[tuple[nn.Module, str]]]] = {}
+    for path, module in model.named_modules():
+        for key in module._attached_names if isinstance(module, _Attached) else ():
+            weight = module._modules.get(CHILD + key)
+            if isinstance(weight, GMWeight):
+                name = names.setdefault(id(weight), site_name(path, key))
+                found.setdefault(name, (weight, []))[1].append((module, key))
+    return found
+
+
+def structured(model: nn.Module) -> dict[str, GMLayer]:
+    """All structured weights of a model by name, in the order of definition, tied ones once.
+
+    >>> structured(nn.Sequential(nn.ReLU(), attach_(nn.Embedding(8, 4), "weight", GMWeight((8, 4), "lowrank:1"))))
+    {'1': GMWeight((8, 4), 'lowrank:1')}
+    """
+    names = {id(weight): name for name, (weight, _) in attached(model).items()}
+    layers = {path: each for path, each in model.named_modules() if isinstance(each, GMLayer)}
+    return {names.get(id(each), path): each for path, each in layers.items()}
+
+
+def is_replaced(model: nn.Module, name: str) -> bool:
+    """Whether the module of a weight is replaced by a structured layer; else the weight is attached to it.
+
+    A plain Linear or Conv2d is, unless the new layer would lose something: hooks, children, buffers, further
+    parameters, objects set on it, or that a parameter is shared.
+    """
+    module, _ = find_weight(model, name)
+    if type(module) not in COUNTERPARTS or set(module._parameters) - {"weight", "bias"}:
+        return False
+    if module._buffers or module._modules or any(each for name, each in vars(module).items() if name.endswith("hooks")):
+        return False
+    extra = [each for name, each in vars(module).items() if name not in _usual_names(type(module))]
+    if not all(isinstance(each, str | int | float | None) for each in extra):  # the new layer gets these
+        return False
+    return is_plain(model, name)
+
+
+def _usual_names(cls: Any) -> frozenset[str]:
+    """The attributes that every instance of Linear or Conv2d has."""
+    made = cls(1, 1, device="meta") if cls is nn.Linear else cls(1, 1, 1, device="meta")
+    return frozenset(vars(made))
+
+
+def empty(model: nn.Module, name: str, structure: Structure | Group | str, *, replaced: bool | None = None) -> GMLayer:
+    """An empty structured layer or weight for a dense weight, with its device, dtype and frozen flags.
+
+    `replaced` says which, by default what `is_replaced` does.
+
+    Raises:
+        GMError: there is no such weight or no structured layer for it, or the structure does not fit.
+
+    >>> empty(nn.Sequential(nn.Linear(8, 4), nn.Embedding(8, 4)), "1", "C4")
+    GMWeight((8, 4), 'C4')
+    """
+    module, key = find_weight(model, name)
+    if is_replaced(model, name) if replaced is None else replaced:
+        return counterpart(module, structure)
+    parameter = None if parametrize.is_parametrized(module) else module._parameters.get(key)
+    view = None if parameter is None else view_of(module, key, parameter)
+    if parameter is None or view is None:
+        raise GMError(
+            f"there is no structured layer for {key} of {type(module).__name__}; gmcompress.register says of a class "
+            "of yours which parameters are matrices"
+        )
+    return GMWeight.like(parameter, view, structure)
+
+
+def exchange(model: nn.Module, layers: Mapping[str, GMLayer], *, inplace: bool = False) -> nn.Module:
+    """The model with these structured layers and weights in the places named; the rest is copied.
+
+    Raises:
+        GMError: a name does not exist, the model cannot be copied, or inplace=True would have to replace the root.
+
+    >>> exchange(nn.Embedding(8, 4), {"": GMWeight((8, 4), "C4")})
+    StructuredEmbedding(
+      8, 4
+      (structured_weight): GMWeight((8, 4), 'C4')
+    )
+    """
+    weights: dict[int, GMWeight] = {}
+    modules: dict[str, nn.Module] = {}
+    memo: dict[int, Any] = {}
+    for name, layer in layers.items():
+        module, key = find_weight(model, name)
+        if isinstance(layer, GMWeight):
+            parameter = module._parameters[key]
+            weights[id(parameter)] = layer
+            memo[id(parameter)] = parameter  # which the copy loses at once
+        else:
+            modules[name] = layer
+            memo[id(module)] = layer
+    changed = replace(model, modules, inplace=True) if inplace else duplicate(model, memo)
+    for held in holders(changed):
+        for each in held:
+            weight = weights.get(id(each.module._parameters.get(each.key)))
+            if weight is not None:
+                attach_(each.module, each.key, weight)
+    return changed
+
+
+def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+    """A copy of the model with plain torch layers of the same function in place of the structured ones, or of some.
+
+    Raises:
+        GMError: the model cannot be copied.
+
+    >>> densify(nn.Sequential(GMLinear(64, 64, "C8xC8"), attach_(nn.Embedding(8, 4), "weight", GMWeight((8, 4), "C4"))))
+    Sequential(
+      (0): Linear(in_features=64, out_features=64, bias=True)
+      (1): Embedding(8, 4)
+    )
+    """
+    found = structured(model)
+    chosen = found if names is None else {name: found[name] for name in names}
+    layers = [each for each in chosen.values() if isinstance(each, GMLinear | GMConv2d)]
+    memo: dict[int, Any] = {id(each): each.dense() for each in layers}
+    dense = duplicate(model, memo)
+    for name, (weight, places) in attached(dense).items():
+        if name in chosen:
+            parameter = nn.Parameter(weight().detach().clone(), requires_grad=weight.trains)
+            for module, key in places:
+                _detach_(module, key, parameter)
+    return dense
+
+
+def remember(model: nn.Module) -> Callable[[], None]:
+    """What puts all modules of a model back as they are now: classes, parameters and children, not their values."""
+    kept = [(each, type(each), dict(each._parameters), dict(each._modules)) for each in model.modules()]
+
+    def put_back() -> None:
+        for module, cls, parameters, children in kept:
+            module.__class__ = cls
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._modules.clear()
+            module._modules.update(children)
+
+    return put_back
+
+
+def set_bias(model: nn.Module, name: str, bias: Tensor) -> None:
+    """Give the module of a weight another bias, as a new parameter."""
+    module, _ = find_weight(model, name)
+    old = module.get_parameter("bias")
+    module.bias = nn.Parameter(bias.to(old), requires_grad=old.requires_grad)
