@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .allocation import Table, tabulate
+from .blocks import Refit, refit_blocks
 from .calibration import first_of, take
 from .errors import GMError
 from .factors import Metric
@@ -22,7 +23,7 @@ from .metrics import count_macs, layer_positions, stored_bytes
 from .notes import Notes, data_digest, model_digest
 from .planning import Plan, eligible
 from .projection import Fit, project
-from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, reconstruct
+from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
 from .structure import Structure, check_weight
 from .surgery import TIED_HEAD, Inputs, describe, duplicate, find_weight, read_weight, run, shell, trace
 
@@ -128,6 +129,15 @@ class Job:
                     effort = EFFORT * self.effort
                     fits[name] = best_fit(weight, check_weight(weight), structure, Metric(), effort=effort)
         return Reconstruction(fits, {}, {})
+
+    def refit(self, plan: Plan, dense: nn.Module, small: nn.Module, notes: Notes) -> list[Refit]:
+        """Refit the blocks of the compressed model, where there is data; its parameters change."""
+        if not self.batches:
+            return []
+        macs = count_macs(dense, first_of(self.batches[0], 1))[0]
+        kind = "block-" + plan_digest({name: Structure.parse(text) for name, text in plan.layers.items()}, self.effort)
+        options: dict[str, Any] = {"macs": macs, "effort": self.effort, "notes": notes, "kind": kind}
+        return refit_blocks(shell(dense), small, self.batches, **options, progress=self.progress)
 
 
 def _matrix(model: nn.Module, name: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from .budgets import Given, parse_budget
 from .calibration import SAMPLES, take
 from .errors import GMError, nearest_names
 from .groups import Group
-from .jobs import Job
+from .jobs import Job, private
 from .layers import GMLayer, GMWeight
 from .metrics import measure_together
 from .planning import Override, Plan, Rule, Rules, choose
-from .projection import Fit, svd_error
+from .projection import Fit, relative_error, svd_error
 from .reconstruction import Reconstruction
 from .reporting import Report, Result
 from .structure import distance, expand
@@ -166,18 +166,25 @@ def compress(
         plan = make_plan(model, group, **wanted, **rules)
     check_plan(plan, model)
     job = Job.of(model, group, inputs, data, samples, effort, progress)
-    dense = shell(model) if inplace else model
+    return carry_out(plan, job, checkpoint=checkpoint, inplace=inplace)
+
+
+def carry_out(plan: Plan, job: Job, *, checkpoint: str | Path | None, inplace: bool) -> Result:
+    """Fit the layers of a plan, put them in place, refit the blocks, and measure; on failure all is as it was."""
+    model, notes = job.model, job.notes(checkpoint, "fits", {})
+    dense = (private(model) if job.batches else shell(model)) if inplace else model
     expected = None if job.inputs is None else run(shell(model), job.inputs)
-    fits = job.fits(plan, job.notes(checkpoint, "fits", {}))
+    fits = job.fits(plan, notes)
     new_layers = {name: _layer(model, name, fits) for name in plan.layers}
-    rows = [_row(model, name, fits.fits[name]) for name in plan.layers]
-    put_back, kept = remember(model), {}
+    put_back, kept, vectors = remember(model), {}, small_tensors(model) if inplace else []
     try:
         small = exchange(model, new_layers, inplace=inplace)
         for name in fits.biases:
             if isinstance(new_layers[name], GMWeight):  # its module keeps its bias
                 set_bias(small, name, fits.biases[name])
         kept = set_means(small, fits.means)
+        blocks = job.refit(plan, dense, small, notes)
+        rows = [_row(dense, name, _present(fits.fits[name], dense, small, name)) for name in plan.layers]
         if job.inputs is not None:
             check_outputs(expected, run(shell(small), job.inputs))
         before, after = measure_together([dense, small], job.inputs)
@@ -185,8 +192,9 @@ def compress(
         if inplace:
             put_back()
             set_means(model, kept)
+            restore(vectors)
         raise
-    report = Report(model_name(model), plan, before, after, tuple(rows))
+    report = Report(model_name(model), plan, before, after, tuple(rows), tuple(asdict(each) for each in blocks))
     return Result(small, plan, report, teacher=None if inplace else model, inputs=job.inputs)
 
 
@@ -212,6 +220,29 @@ def set_means(model: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor
         had[name] = buffer.clone()
         buffer.copy_(mean)
     return had
+
+
+def small_tensors(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The biases and the weights of norms, each with a copy of its values."""
+    return [(each, each.detach().clone()) for each in model.parameters() if each.dim() <= 1]
+
+
+@torch.no_grad()
+def restore(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give every tensor the values that were kept of it."""
+    for each, values in tensors:
+        each.copy_(values)
+
+
+def _present(fit: Fit, dense: nn.Module, small: nn.Module, name: str) -> Fit:
+    """The fit as it is after its block was refitted."""
+    layer, weight = structured(small)[name], read_weight(dense, name)
+    assert weight is not None, "the plan was checked to fit the model"
+    tensors = {part: each.detach() for part, each in layer.parts().items()}
+    if all(torch.equal(each, fit.tensors[part].to(each)) for part, each in tensors.items()):
+        return fit
+    found = expand(tensors, fit.structure, weight.shape)
+    return changed(fit, tensors=tensors, relative_error=relative_error(found, weight.double()))
 
 
 def _layer(model: nn.Module, name: str, found: Reconstruction) -> GMLayer:

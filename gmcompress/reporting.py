@@ -20,6 +20,7 @@ from .tables import percent, table_text
 
 LAYER: dict[str, Any] = {"layer": str, "structure": str, "dense": int, "stored": int}  # kinds of what every row holds
 LAYER |= {"relative_error": float, "svd_error": float}
+BLOCK: dict[str, Any] = {"block": str, "before": float, "after": float, "rate": float}
 LAYER |= dict.fromkeys(("distance_before", "distance_compressed", "distance_tuned"), float | None)
 
 
@@ -51,8 +52,11 @@ class Report:
     the weight, `loss` in the metric of the fit, `svd_error` of plain truncated SVD with at most as many numbers (the
     control), and the relative distance to the group matrices, None where the structure has no group,
     `distance_before`, `distance_compressed` and `distance_tuned`; after `gm.equivariance` also
-    `displacement_rank` and `generator_displacement_rank`. `accuracy` maps "dense", "compressed" and "tuned" to top-1
-    accuracies in percent where they were measured; `history` has one row per epoch of fine-tuning.
+    `displacement_rank` and `generator_displacement_rank`.
+    `blocks` has one row per block whose layers were refitted together: `block`, its relative squared error on held-out
+    data `before` and `after`, and the `rate` of Adam, 0 where it was left as it was. `accuracy` maps "dense",
+    "compressed" and "tuned" to top-1 accuracies in percent where they were measured; `history` has one row per epoch of
+    fine-tuning.
     """
 
     model: str
@@ -60,6 +64,7 @@ class Report:
     before: Metrics
     after: Metrics
     layers: tuple[Mapping[str, Any], ...]
+    blocks: tuple[Mapping[str, Any], ...] = ()
     accuracy: Mapping[str, float] = field(default_factory=dict)
     history: tuple[Mapping[str, Any], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +128,10 @@ class Report:
             for row in self.layers
         ]
         parts.append(table_text("Compressed layers (errors and distances relative to the weight)", columns, rows))
+        if self.blocks:
+            blocks = [(row["block"], f"{row['before']:.4f}", f"{row['after']:.4f}") for row in self.blocks]
+            title = "Blocks refitted together (relative squared error on held-out data)"
+            parts.append(table_text(title, ["block", "before#", "after#"], blocks))
         if self.plan.skipped:
             skipped = [(name or "(root)", reason) for name, reason in self.plan.skipped.items()]
             parts.append(table_text("Left dense", ["layer", "because"], skipped))
@@ -143,9 +152,15 @@ class Report:
         names = [each.name for each in fields(cls)]
         if not isinstance(found, dict) or set(found) != set(names):
             raise GMError(f"a report is an object with the fields {', '.join(names)}")
-        _check_kinds(found, {"model": str, "layers": list, "accuracy": dict, "history": list, "settings": dict}, "it")
+        _check_kinds(
+            found,
+            {"model": str, "layers": list, "blocks": list, "accuracy": dict, "history": list, "settings": dict},
+            "it",
+        )
         for row in found["layers"]:
             _check_kinds(row, LAYER, "a layer")
+        for row in found["blocks"]:
+            _check_kinds(row, BLOCK, "a block")
         for row in found["history"]:
             _check_kinds(row, {}, "an epoch")
         _check_kinds(found["accuracy"], dict.fromkeys(found["accuracy"], float), "accuracy")
@@ -155,7 +170,11 @@ class Report:
             if (found[each]["latency_ms"] is None) != (found[each]["latency_spread_ms"] is None):
                 raise GMError(f"in a report, {each} has a latency without its spread, or a spread alone")
             found[each] = Metrics(**{name: found[each][name] for name in kinds})
-        found |= {"layers": tuple(found["layers"]), "history": tuple(found["history"])}
+        found |= {
+            "layers": tuple(found["layers"]),
+            "blocks": tuple(found["blocks"]),
+            "history": tuple(found["history"]),
+        }
         return cls(**found | {"plan": Plan.from_dict(found["plan"])})
 
     def to_html(self) -> str:

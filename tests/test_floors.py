@@ -17,7 +17,7 @@ FLOORS = (
     ("fitting", "attaching"),
     ("projection",),
     ("planning", "candidates", "metrics", "tuning", "data", "pages"),
-    ("reporting", "reconstruction"),
+    ("reporting", "reconstruction", "blocks"),
     ("allocation",),
     ("jobs",),
     ("pipeline", "storage"),

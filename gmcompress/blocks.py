@@ -1,0 +1,331 @@
+"""Refit the layers of a block together, to the outputs of the dense block on calibration data.
+
+Layers that were fitted one after another do not know of each other, nor of the shortcut around them. So the parameters
+of a block's structured layers, its biases and its norms follow, all at once and in evaluation mode, what the dense
+block gives on the dense model's data, from the inputs that the compressed model gives it. Blocks run in their order.
+What does not help on held-out batches is taken back.
+Source: Li et al. 2021, BRECQ (there for quantisation).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .attaching import structured
+from .calibration import count_examples, first_examples
+from .notes import Notes
+from .surgery import Inputs, call
+from .tuning.losses import find_blocks
+
+SIZE = 32  # examples of one step, at most
+HELD_OUT = 10  # one step in so many judges
+WORK = 5e12  # multiply-adds of the steps of all blocks
+PASSES = 6  # over the data, at most
+FEWEST = 64  # examples, below which nothing is refitted
+MEMORY = 3e9  # bytes of inputs and outputs held at once
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of Adam, one of which a trial of each block chooses
+TRIAL = 12  # steps of the trial at each rate
+LONGER = 3.0  # times as large a rate as the best of so few steps is best for many
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What refitting one block came to: its relative squared error on held-out batches before and after.
+
+    `rate` is 0.0, and after is before, where the block was better left as it was.
+    """
+
+    block: str
+    before: float
+    after: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Some examples on their way through a block: what the compressed block is given, and what the dense one gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    wanted: list[Tensor]
+
+
+def refit_blocks(
+    dense: nn.Module,  # in evaluation mode; not changed
+    small: nn.Module,  # the compressed model, whose parameters are changed
+    batches: Sequence[Inputs],
+    *,
+    macs: int,  # of one example through the dense model
+    effort: float = 1.0,
+    seed: int = 0,
+    notes: Notes | None = None,
+    kind: str = "block",  # of the notes
+    progress: Progress | None = None,
+) -> list[Refit]:
+    """Refit block after block; a block that cannot be run by itself, or is run more than once, is left as it is.
+
+    Nothing happens in half precision, with fewer than FEWEST examples, or where running these would cost too much.
+    """
+    examples = sum(map(count_examples, batches))
+    affordable = int(effort * WORK / max(1, 3 * macs))  # examples through all blocks, forward and backward
+    if min(examples, affordable) < FEWEST or any(each.dtype != torch.float32 for each in small.parameters()):
+        return []
+    pieces = _pieces(first_examples(batches, affordable))
+    if len(pieces) < HELD_OUT:
+        return []
+    passes = max(1, min(PASSES, affordable // examples))
+    training = {module: module.training for module in small.modules()}
+    small.eval()
+    done: list[Refit] = []
+    walk = _Walk(dense, small, pieces)
+    names = walk.order(find_blocks(small))
+    try:
+        for name in names:
+            if progress is not None:
+                progress(name, len(done), len(names))
+            block, tensors = small.get_submodule(name), _free(small, name)
+            kept = notes.read(kind, name) if notes is not None else None
+            if kept is not None:
+                _put(tensors, kept[1])
+                done.append(Refit(name, **kept[0]))
+            elif tensors and (steps := walk.steps(name)):
+                done.append(_refit(name, block, list(tensors.values()), steps, passes=passes, seed=seed))
+                if notes is not None:
+                    facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
+                    notes.write(kind, name, facts, {key: each.detach() for key, each in tensors.items()})
+            walk.leave(name)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return done
+
+
+@torch.no_grad()
+def _put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for key, each in tensors.items():
+        each.copy_(values[key])
+
+
+def _free(small: nn.Module, name: str) -> dict[str, Tensor]:
+    """The parameters of a block that may follow: of structured weights, and vectors; none that lives elsewhere too."""
+    block = small.get_submodule(name)
+    inside = {id(each) for each in block.modules()}
+    outside = {id(p) for m in small.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
+    parts = {id(each) for layer in structured(block).values() for each in layer.parts().values()}
+    found = {key: each for key, each in block.named_parameters() if id(each) in parts or each.dim() == 1}
+    return {key: each for key, each in found.items() if id(each) not in outside}
+
+
+def _refit(
+    name: str, block: nn.Module, parameters: Sequence[Tensor], steps: Sequence[_Step], *, passes: int, seed: int
+) -> Refit:
+    """Adam with a rate from a short trial, falling to zero; undone where held-out steps do not bear it out."""
+    held = steps[HELD_OUT // 2 :: HELD_OUT]
+    used = [each for index, each in enumerate(steps) if index % HELD_OUT != HELD_OUT // 2]
+    descent = _Descent(block, parameters, used, held, _spread(steps), torch.Generator().manual_seed(seed))
+    before = descent.judge()
+    after, rate = before, 0.0
+    try:
+        rate = LONGER * descent.choose(before, min(TRIAL, len(used) * passes))
+        after = descent.run(rate, len(used) * passes)
+    except RuntimeError:  # what gives no gradients is left as it was
+        pass
+    finally:
+        if not after < before:
+            descent.start_again()
+            after, rate = before, 0.0
+        descent.close()
+    return Refit(name, before, after, rate)
+
+
+class _Descent:
+    """Steps of Adam on the parameters of a block."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        parameters: Sequence[Tensor],
+        used: Sequence[_Step],
+        held: Sequence[_Step],
+        spread: Sequence[float],
+        generator: torch.Generator,
+    ) -> None:
+        self.block, self.parameters, self.used, self.held = block, list(parameters), used, held
+        self.spread, self.generator = spread, generator
+        self.start = [each.detach().clone() for each in parameters]
+        self.flags = [each.requires_grad for each in parameters]
+        for each in parameters:
+            each.requires_grad_(True)
+
+    def choose(self, before: float, count: int) -> float:
+        """The rate that is best after a few steps; larger ones than the first that does harm are not tried."""
+        found: dict[float, float] = {}
+        for rate in RATES:
+            lost = self.run(rate, count)
+            self.start_again()
+            found[rate] = lost if lost == lost else float("inf")
+            if not lost < 1.05 * before:
+                break
+        return min(found, key=lambda each: found[each])
+
+    def run(self, rate: float, count: int) -> float:
+        """The error on the held-out steps after so many steps, the rate rising and falling in one cycle."""
+        optimizer = torch.optim.Adam(self.parameters, lr=rate)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=count + 1, pct_start=0.1)
+        order: list[int] = []
+        for _ in range(count):
+            order = order or torch.randperm(len(self.used), generator=self.generator).tolist()
+            optimizer.zero_grad()
+            _error(self.block, self.used[order.pop()], self.spread).backward()
+            optimizer.step()
+            cycle.step()
+        return self.judge()
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """The error on the held-out steps."""
+        return float(torch.stack([_error(self.block, each, self.spread) for each in self.held]).mean())
+
+    @torch.no_grad()
+    def start_again(self) -> None:
+        """Every parameter as it was."""
+        for each, value in zip(self.parameters, self.start, strict=True):
+            each.copy_(value)
+
+    def close(self) -> None:
+        """No gradients stay, and what was frozen is frozen."""
+        for each, flag in zip(self.parameters, self.flags, strict=True):
+            each.requires_grad_(flag)
+            each.grad = None
+
+
+def _spread(steps: Sequence[_Step]) -> list[float]:
+    """For each output the mean square about its mean: what an error is measured against."""
+    found = []
+    for values in zip(*(each.wanted for each in steps), strict=True):
+        mean = torch.stack([each.mean(0) for each in values]).mean(0)
+        found.append(max(float(torch.stack([(each - mean).square().mean() for each in values]).mean()), 1e-20))
+    return found
+
+
+def _error(block: nn.Module, step: _Step, spread: Sequence[float]) -> Tensor:  # ()
+    found = _tensors(block(*_own(step.args), **_own(step.kwargs)))
+    errors = [
+        (ours - wanted).square().mean() / scale for ours, wanted, scale in zip(found, step.wanted, spread, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [each for each in tree_flatten(outputs)[0] if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _own(given: Any) -> Any:
+    """A copy that a block may change in place."""
+    return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, given)
+
+
+def _pieces(batches: Sequence[Inputs]) -> list[Inputs]:
+    """Batches in pieces of about equal size of at most SIZE examples."""
+    found: list[Inputs] = []
+    for batch in batches:
+        leaves, form = tree_flatten(batch)
+        total = count_examples(batch)
+        if any(isinstance(each, Tensor) and (not each.dim() or len(each) != total) for each in leaves):
+            found.append(batch)
+            continue
+        count = -(-total // SIZE)
+        parts = [each.tensor_split(count) if isinstance(each, Tensor) else [each] * count for each in leaves]
+        found.extend(tree_unflatten(list(each), form) for each in zip(*parts, strict=True))
+    return found
+
+
+class _LeftError(Exception):
+    """The run of a model may end here."""
+
+
+def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any]:
+    """The arguments that a module of a model is given."""
+    found: list[tuple[Any, Any]] = []
+
+    def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append((_own(args), _own(kwargs)))
+        raise _LeftError
+
+    handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call(model, piece)
+    except _LeftError:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+class _Walk:
+    """Inputs and outputs of one block after the other, with as few runs of the whole models as possible.
+
+    Where a block is given just what the one before it gave, both are run by themselves.
+    """
+
+    def __init__(self, dense: nn.Module, small: nn.Module, pieces: Sequence[Inputs]) -> None:
+        self.models, self.pieces = (dense, small), pieces
+        self.next: dict[str, str] = {}  # block -> the one that is given its output and nothing else
+        self.at = ""
+        self.given: list[list[tuple[Any, Any]]] = []  # at the present block, by model and piece
+
+    def order(self, names: Sequence[str]) -> list[str]:
+        """The blocks that run just once, in their order."""
+        seen: list[tuple[str, Any, Any, Any]] = []
+
+        def noting(name: str) -> Callable[..., None]:
+            return lambda _module, args, kwargs, output: seen.append((name, args, kwargs, output))
+
+        with ExitStack() as stack, torch.no_grad():
+            for name in names:
+                module = self.models[0].get_submodule(name)
+                stack.callback(module.register_forward_hook(noting(name), with_kwargs=True).remove)
+            call(self.models[0], self.pieces[0])
+        for (before, _, _, output), (name, args, kwargs, _) in pairwise(seen):
+            if isinstance(output, Tensor) and len(args) == 1 and args[0] is output and not kwargs:
+                self.next[before] = name
+        counts = Counter(name for name, *_ in seen)
+        return [name for name, *_, output in seen if counts[name] == 1 and _tensors(output)]
+
+    def steps(self, name: str) -> list[_Step]:
+        """What a block of the compressed model is given, and what that of the dense one gives; none if too large."""
+        if self.at != name:
+            self.at, self.given = "", [[], []]
+            for piece in self.pieces:
+                for model, found in zip(self.models, self.given, strict=True):
+                    found.append(_given(model, name, piece))
+                one = sum(each.numel() * each.element_size() for each in _tensors([each[0] for each in self.given]))
+                if 2 * one * len(self.pieces) > MEMORY:
+                    return []
+            self.at = name
+        dense = self.models[0].get_submodule(name)
+        with torch.no_grad():
+            wanted = [_tensors(dense(*_own(args), **_own(kwargs))) for args, kwargs in self.given[0]]
+        return [_Step(*given, each) for given, each in zip(self.given[1], wanted, strict=True)]
+
+    @torch.no_grad()
+    def leave(self, name: str) -> None:
+        """Go on to the next block, if this one gives it all that it is given."""
+        after = self.next.get(name, "")
+        if after and self.at == name:
+            for model, found in zip(self.models, self.given, strict=True):
+                block = model.get_submodule(name)
+                found[:] = [((block(*_own(args), **_own(kwargs)),), {}) for args, kwargs in found]
+            self.at = after
