@@ -3,7 +3,7 @@
 Layers that were fitted one after another do not know of each other, nor of the shortcut around them. So the parameters
 of a block's structured layers, its biases and its norms follow, all at once and in evaluation mode, what the dense
 block gives on the dense model's data, from the inputs that the compressed model gives it. Blocks run in their order.
-What does not help on held-out batches is taken back.
+What does not help on held-out examples is taken back.
 Source: Li et al. 2021, BRECQ (there for quantisation).
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .attaching import structured
-from .calibration import count_examples, first_examples
+from .calibration import count_examples, divergence, first_examples, outputs
 from .notes import Notes
 from .surgery import Inputs, call
 from .tuning.losses import find_blocks
@@ -67,6 +67,7 @@ def refit_blocks(
     batches: Sequence[Inputs],
     *,
     macs: int,  # of one example through the dense model
+    logits: bool,  # whether the model's outputs are
     effort: float = 1.0,
     seed: int = 0,
     notes: Notes | None = None,
@@ -75,7 +76,8 @@ def refit_blocks(
 ) -> list[Refit]:
     """Refit block after block; a block that cannot be run by itself, or is run more than once, is left as it is.
 
-    Nothing happens in half precision, with fewer than FEWEST examples, or where running these would cost too much.
+    All is taken back where the outputs on held-out examples have not come nearer to the dense model's. Nothing happens
+    in half precision, with fewer than FEWEST examples, or where running these would cost too much.
     """
     examples = sum(map(count_examples, batches))
     affordable = int(effort * WORK / max(1, 3 * macs))  # examples through all blocks, forward and backward
@@ -87,6 +89,9 @@ def refit_blocks(
     passes = max(1, min(PASSES, affordable // examples))
     training = {module: module.training for module in small.modules()}
     small.eval()
+    held = pieces[HELD_OUT // 2 :: HELD_OUT]
+    wanted, had = outputs(dense, held), [(each, each.detach().clone()) for each in small.parameters()]
+    before = divergence(wanted, outputs(small, held), logits=logits)
     done: list[Refit] = []
     walk = _Walk(dense, small, pieces)
     names = walk.order(find_blocks(small))
@@ -105,6 +110,9 @@ def refit_blocks(
                     facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
                     notes.write(kind, name, facts, {key: each.detach() for key, each in tensors.items()})
             walk.leave(name)
+        if done and not divergence(wanted, outputs(small, held), logits=logits) < before:
+            _put(dict(enumerate(each for each, _ in had)), dict(enumerate(each for _, each in had)))
+            done = [replace(each, after=each.before, rate=0.0) for each in done]
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -112,7 +120,7 @@ def refit_blocks(
 
 
 @torch.no_grad()
-def _put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def _put(tensors: Mapping[Any, Tensor], values: Mapping[Any, Tensor]) -> None:
     for key, each in tensors.items():
         each.copy_(values[key])
 

@@ -74,9 +74,12 @@ class Job:
         examples = [first_of(each, 1) for each in self.batches]
         for each in {describe(each): each for each in examples}.values():
             run(dense, each)  # says what does not fit before any work is done
-        logits = any(site.role in ("classifier", TIED_HEAD) for site in trace(dense, self.inputs))
         macs = count_macs(dense, examples[0])[0]
-        return calibrate(dense, self.batches, names, logits=logits, macs=macs, effort=self.effort)
+        return calibrate(dense, self.batches, names, logits=self.logits(dense), macs=macs, effort=self.effort)
+
+    def logits(self, dense: nn.Module) -> bool:
+        """Whether the outputs are logits, since a classifier is the last to run."""
+        return any(site.role in ("classifier", TIED_HEAD) for site in trace(dense, self.inputs))
 
     def notes(self, folder: str | Path | None, kind: str, rules: Mapping[str, Any]) -> Notes:
         """Where what is done is kept, where a folder is given."""
@@ -136,7 +139,13 @@ class Job:
             return []
         macs = count_macs(dense, first_of(self.batches[0], 1))[0]
         kind = "block-" + plan_digest({name: Structure.parse(text) for name, text in plan.layers.items()}, self.effort)
-        options: dict[str, Any] = {"macs": macs, "effort": self.effort, "notes": notes, "kind": kind}
+        options: dict[str, Any] = {
+            "macs": macs,
+            "logits": self.logits(dense),
+            "effort": self.effort,
+            "notes": notes,
+            "kind": kind,
+        }
         return refit_blocks(shell(dense), small, self.batches, **options, progress=self.progress)
 
 

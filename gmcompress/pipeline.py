@@ -134,8 +134,8 @@ def compress(
     a share or a number; half of the parameters where neither it nor `rank` is given. Every layer gets the structure
     with which the model is expected to lose least: dense, a low rank, adapted bases, or group matrices of a quotient
     of `group`, the largest symmetry allowed. With `data` (a loader; labels are not read) at most `samples` examples
-    measure what each layer's errors cost, and the layers are fitted one after another to the outputs of the dense
-    ones; without, to their weights.
+    measure what each layer's errors cost, the layers are fitted one after another to the outputs of the dense ones, and
+    those of a block then together, with its biases and norms; without, to their weights.
 
     `rank` is the literal mode: on every layer the largest fitting quotient of `group` with a residual of this rank,
     "displacement" or "lowrank". Stem and classifier stay dense unless `include` names them. Rules are globs on layer
