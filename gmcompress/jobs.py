@@ -137,6 +137,7 @@ class Job:
         """Refit the blocks of the compressed model, where there is data; its parameters change."""
         if not self.batches:
             return []
+        dense = shell(dense)  # in evaluation mode
         macs = count_macs(dense, first_of(self.batches[0], 1))[0]
         kind = "block-" + plan_digest({name: Structure.parse(text) for name, text in plan.layers.items()}, self.effort)
         options: dict[str, Any] = {
@@ -146,7 +147,7 @@ class Job:
             "notes": notes,
             "kind": kind,
         }
-        return refit_blocks(shell(dense), small, self.batches, **options, progress=self.progress)
+        return refit_blocks(dense, small, self.batches, **options, progress=self.progress)
 
 
 def _matrix(model: nn.Module, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from gmcompress.attaching import structured
 from gmcompress.blocks import Refit, refit_blocks
 
 WIDTH = 16
-PLAN: dict[str, Any] = {"rank": 0, "overrides": {"*": "adapted:2:2x2"}, "effort": 0.3}
+PLAN: dict[str, Any] = {"rank": 0, "overrides": {"*": "adapted:2:2x2"}, "effort": 0.1}
 
 
 class Residual(nn.Module):
