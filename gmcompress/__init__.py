@@ -11,9 +11,10 @@ from .doctor import Examination
 from .doctor import examine as doctor
 from .errors import GMError
 from .exporting import Export, export
+from .freezing import freeze, verdicts
 from .groups import Group, GSet, group
 from .kinds import register
-from .layers import GMConv2d, GMLinear, GMWeight
+from .layers import GMConv2d, GMLinear, GMWeight, Verdict
 from .metrics import Metrics, measure
 from .pipeline import compress, equivariance, sweep, tune
 from .pipeline import make_plan as plan
@@ -50,6 +51,7 @@ __all__ = [
     "Result",
     "Site",
     "Structure",
+    "Verdict",
     "compress",
     "densify",
     "diagonals",
@@ -60,6 +62,7 @@ __all__ = [
     "equivariance",
     "expand",
     "export",
+    "freeze",
     "generator_displacement",
     "generator_displacement_rank",
     "group",
@@ -75,4 +78,5 @@ __all__ = [
     "sweep",
     "trace",
     "tune",
+    "verdicts",
 ]
