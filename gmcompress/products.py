@@ -253,10 +253,10 @@ def _factor_conv2d(images: Tensor, ready: Mapping[str, Tensor], structure: Struc
     if structure.split:
         first = Window((1, sx), (0, px), (1, dx))
         second = Window((sy, 1), (py, 0), (dy, 1))
-        taps = (1, right.shape[2])
+        taps: tuple[int, ...] = (1, right.shape[2])
         columnwise = left.mT[..., None]  # (rows, r, ky, 1)
     else:
-        first, second, taps = window, Window(), right.shape[2:]
+        first, second, taps = window, Window(), tuple(right.shape[2:])
         columnwise = left[..., None, None]
     rowwise = right.reshape(rank, q, columns // q, *taps).transpose(0, 1).flatten(0, 1)  # (Q·r, columns/Q, *taps)
     inner = F.conv2d(images, rowwise, None, first.stride, first.padding, first.dilation, q)
