@@ -80,10 +80,51 @@ def _families(axis: Fourier) -> tuple[Irreducibles, ...]:
     return (Irreducibles(0, len(matrices), 1, 2, matrices), *rest)
 
 
+class _Combination:
+    """One family of irreducibles for each axis, and the permutations that bring their coefficients into products.
+
+    The coefficients are (batch, blocks, count, copies, size, count, copies, size, ..., positions); a product wants
+    (count, size, blocks | batch, copies, positions), a convolution (batch, copies | count, size, blocks, positions).
+    """
+
+    def __init__(self, families: tuple[Irreducibles, ...], lengths: tuple[int, ...]) -> None:
+        k = len(families)
+        self.families = families
+        self.counts = tuple(each.count for each in families)
+        self.copies = tuple(each.copies for each in families)
+        self.sizes = tuple(each.size for each in families)
+        self.blocks, self.repeats, self.size = prod(self.counts), prod(self.copies), prod(self.sizes)
+        self.spans = tuple(each.stop - each.start for each in families)
+        self.whole = self.spans == lengths
+        self.apart = tuple(size for each in families for size in (each.count, each.copies, each.size))
+        counts, copies, sizes = (range(2 + which, 2 + 3 * k, 3) for which in range(3))
+        last = 2 + 3 * k
+        self.for_product = (*counts, *sizes, 1, 0, *copies, last)
+        self.for_images = (0, *copies, *counts, *sizes, 1, last)
+        self.from_product, self.from_images = _inverse(self.for_product), _inverse(self.for_images)
+
+
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes one."""
+    return tuple(sorted(range(len(order)), key=lambda each: order[each]))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of a group, and all choices of one family for each, the first axis slowest."""
+
+    lengths: tuple[int, ...]
+    choices: tuple[int, ...]
+    combinations: tuple[_Combination, ...]
+
+
 @lru_cache(maxsize=64)
-def _combinations(group: Group) -> tuple[tuple[Irreducibles, ...], ...]:
-    """All choices of one family for each axis, the first axis slowest."""
-    return tuple(itertools.product(*(_families(axis) for axis in fourier_axes(group))))
+def layout_of(group: Group) -> Layout:
+    """How the coefficients of a group are ordered; the same at every call."""
+    axes = fourier_axes(group)
+    lengths, families = tuple(axis.order for axis in axes), [_families(axis) for axis in axes]
+    combinations = tuple(_Combination(each, lengths) for each in itertools.product(*families))
+    return Layout(lengths, tuple(len(each) for each in families), combinations)
 
 
 @lru_cache(maxsize=64)
@@ -116,49 +157,43 @@ def _spectra(tensors: Mapping[str, Tensor], group: Group) -> Tensors:
     if "gates" in tensors:
         kernel = torch.cat([kernel, tensors["filters"]], dim=1)
     o, more, i, _, *taps = kernel.shape
-    axes = fourier_axes(group)
+    layout = layout_of(group)
     wide = torch.promote_types(kernel.dtype, torch.float32)
-    apart = kernel.to(wide).reshape(o * more, i, *(axis.order for axis in axes), prod(taps))
+    apart = kernel.to(wide).reshape(o * more, i, *layout.lengths, prod(taps))
     for number, basis in enumerate(_constants(group, kernel.dtype, kernel.device)):
         ready[f"basis{number}"] = basis
-    for number, families in enumerate(_combinations(group)):
+    for number, each in enumerate(layout.combinations):
         found = apart
-        for family in families:  # (o, i, n, ..., taps) -> (o, i, ..., taps, count, size, size)
+        for family in each.families:  # (o, i, n, ..., taps) -> (o, i, ..., taps, count, size, size)
             found = torch.tensordot(found, _matrices(family, wide, kernel.device), dims=([2], [3]))
-        k = len(families)
-        order = [*range(3, 3 + 3 * k, 3), *range(4, 3 + 3 * k, 3), 0, *range(5, 3 + 3 * k, 3), 1, 2]
-        blocks, size = prod(each.count for each in families), prod(each.size for each in families)
-        spectrum = found.permute(order).reshape(blocks, size * o * more, size * i, *taps)
+        end = 3 + 3 * len(each.families)
+        order = [*range(3, end, 3), *range(4, end, 3), 0, *range(5, end, 3), 1, 2]
+        spectrum = found.permute(order).reshape(each.blocks, each.size * o * more, each.size * i, *taps)
         ready[f"spectrum{number}"] = spectrum.to(kernel.dtype).contiguous()
     return ready
-
-
-def _bases(ready: Mapping[str, Tensor], structure: Structure) -> list[Tensor]:
-    return [ready[f"basis{number}"] for number in range(len(fourier_axes(structure.acting)))]
 
 
 def _transformed(signal: Tensor, bases: Sequence[Tensor], *, back: bool) -> Tensor:  # (batch, blocks, n, positions)
     """The Fourier transform along the group, or back from it, one axis after the other."""
     shape, rest = signal.shape, signal.shape[3]
     for basis in reversed(bases):
-        matrix = basis if back else basis.mT
-        size = len(basis)
+        size = basis.shape[0]
         if rest == 1:
-            signal = signal.reshape(-1, size) @ matrix.mT
+            signal = signal.reshape(-1, size) @ (basis.mT if back else basis)
         else:
-            signal = torch.matmul(matrix, signal.reshape(-1, size, rest))
+            signal = torch.matmul(basis if back else basis.mT, signal.reshape(-1, size, rest))
         rest *= size
     return signal.reshape(shape)
 
 
-def _apart(signal: Tensor, families: Sequence[Irreducibles], axes: Sequence[int]) -> Tensor:
-    """The coefficients of one combination, (batch, blocks, count, copies, size, count, ..., positions)."""
-    found = signal.reshape(*signal.shape[:2], *axes, signal.shape[-1])
-    for number, family in enumerate(families):
-        if family.stop - family.start < axes[number]:
-            found = found.narrow(2 + number, family.start, family.stop - family.start)
-    sizes = [size for each in families for size in (each.count, each.copies, each.size)]
-    return found.reshape(*signal.shape[:2], *sizes, signal.shape[-1])
+def _coefficients(signal: Tensor, choice: _Combination, layout: Layout) -> Tensor:
+    """The coefficients of one combination, as it documents them, of all of them: (batch, blocks, n, positions)."""
+    batch, blocks, _, positions = signal.shape
+    if not choice.whole:
+        signal = signal.reshape(batch, blocks, *layout.lengths, positions)
+        for number, family in enumerate(choice.families):
+            signal = signal.narrow(2 + number, family.start, choice.spans[number])
+    return signal.reshape(batch, blocks, *choice.apart, positions)
 
 
 def _joined(pieces: list[Tensor], choices: Sequence[int]) -> Tensor:
@@ -170,47 +205,34 @@ def _joined(pieces: list[Tensor], choices: Sequence[int]) -> Tensor:
     return pieces[0]
 
 
-def _coupled(signal: Tensor, ready: Mapping[str, Tensor], group: Group, window: Window | None) -> Tensor:
+def _coupled(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, window: Window | None) -> Tensor:
     """One product, or with a window one convolution, per irreducible: (batch, i, n, *positions) -> (batch, o, ...)."""
-    axes = [axis.order for axis in fourier_axes(group)]
-    size = tuple(signal.shape[3:])
-    flat = signal.reshape(*signal.shape[:3], -1)
-    pieces = []
-    for number, families in enumerate(_combinations(group)):
-        spectrum, k = ready[f"spectrum{number}"], len(families)
-        apart = _apart(flat, families, axes)
-        counts, copies, sizes = (range(2 + which, 2 + 3 * k, 3) for which in range(3))
-        shape = [[getattr(each, what) for each in families] for what in ("count", "copies", "size")]
-        batch, last = len(flat), 2 + 3 * k
-        if window is None:  # (count, size, blocks | batch, copies, positions)
-            order = [*counts, *sizes, 1, 0, *copies, last]
-            matrix = apart.permute(order).reshape(len(spectrum), spectrum.shape[2], -1)
+    size, order = tuple(signal.shape[3:]), signal.shape[2]
+    flat = signal.flatten(3)
+    batch, pieces = flat.shape[0], []
+    for number, each in enumerate(layout.combinations):
+        spectrum = ready[f"spectrum{number}"]
+        apart, blocks = _coefficients(flat, each, layout), spectrum.shape[1] // each.size
+        if window is None:
+            matrix = apart.permute(each.for_product).reshape(each.blocks, spectrum.shape[2], -1)
             found = torch.bmm(spectrum, matrix)
-            blocks = spectrum.shape[1] // prod(shape[2])
-            found = found.reshape(*shape[0], *shape[2], blocks, batch, *shape[1], -1)
-            inverse = [2 * k + 1, 2 * k]
-            inverse += [at for each in range(k) for at in (each, 2 * k + 2 + each, k + each)] + [3 * k + 2]
-        else:  # (batch, copies | count, size, blocks | height, width)
-            order = [0, *copies, *counts, *sizes, 1, last]
-            image = apart.permute(order).reshape(batch * prod(shape[1]), -1, *size)
-            groups, moves = len(spectrum), (window.stride, window.padding, window.dilation)
-            found = F.conv2d(image, spectrum.flatten(0, 1), None, *moves, groups)
+            found = found.reshape(*each.counts, *each.sizes, blocks, batch, *each.copies, -1)
+            found, new = found.permute(each.from_product), size
+        else:
+            image = apart.permute(each.for_images).reshape(batch * each.repeats, -1, *size)
+            moves = (window.stride, window.padding, window.dilation)
+            found = F.conv2d(image, spectrum.flatten(0, 1), None, *moves, each.blocks)
             new = tuple(found.shape[2:])
-            blocks = spectrum.shape[1] // prod(shape[2])
-            found = found.reshape(batch, *shape[1], *shape[0], *shape[2], blocks, -1)
-            inverse = [0, 3 * k + 1]
-            inverse += [at for each in range(k) for at in (1 + k + each, 1 + each, 1 + 2 * k + each)] + [3 * k + 2]
-        found = found.permute(inverse)
-        pieces.append(found.reshape(batch, blocks, *(each.stop - each.start for each in families), found.shape[-1]))
-    size = size if window is None else new
-    whole = _joined(pieces, [len(_families(axis)) for axis in fourier_axes(group)])
-    return whole.reshape(batch, blocks, group.order, *size)
+            found = found.reshape(batch, *each.copies, *each.counts, *each.sizes, blocks, -1)
+            found = found.permute(each.from_images)
+        pieces.append(found.reshape(batch, blocks, *each.spans, found.shape[-1]))
+    return _joined(pieces, layout.choices).reshape(batch, blocks, order, *new)
 
 
 def _gated(signal: Tensor, gates: Tensor) -> Tensor:  # (batch, o·(1+r), n, positions), (o, r, n) -> (batch, o, n, ...)
     """f⋆x + Σ_k a_k ⊙ (b_k⋆x)."""
     o, rank, n = gates.shape
-    apart = signal.reshape(len(signal), o, 1 + rank, n, -1)
+    apart = signal.reshape(signal.shape[0], o, 1 + rank, n, -1)
     weights = gates.to(signal.dtype)[None, :, :, :, None]
     found = apart[:, :, 0]
     for number in range(rank):
@@ -218,12 +240,12 @@ def _gated(signal: Tensor, gates: Tensor) -> Tensor:  # (batch, o·(1+r), n, pos
     return found
 
 
-def _group_product(signal: Tensor, ready: Mapping[str, Tensor], structure: Structure, window: Window | None) -> Tensor:
+def _group_product(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, window: Window | None) -> Tensor:
     """The group part applied to (batch, i, n, *positions)."""
-    group, bases = structure.acting, _bases(ready, structure)
+    bases = [ready[f"basis{number}"] for number in range(len(layout.lengths))]
     size = tuple(signal.shape[3:])
     spectrum = _transformed(signal.reshape(*signal.shape[:3], -1), bases, back=False)
-    coupled = _coupled(spectrum.reshape(*spectrum.shape[:3], *size), ready, group, window)
+    coupled = _coupled(spectrum.reshape(*spectrum.shape[:3], *size), ready, layout, window)
     size = tuple(coupled.shape[3:])
     found = _transformed(coupled.reshape(*coupled.shape[:3], -1), bases, back=True)
     if "gates" in ready:
@@ -240,10 +262,12 @@ def _factor_linear(rows: Tensor, ready: Mapping[str, Tensor], structure: Structu
     if structure.grid is None:
         return F.linear(F.linear(rows, right), left)
     (p, q), rank = structure.grid, len(right)
-    inner = rows.reshape(len(rows), q, -1).transpose(0, 1) @ right.reshape(rank, q, -1).permute(1, 2, 0)  # (Q, N, r)
+    inner = rows.reshape(rows.shape[0], q, -1).transpose(0, 1) @ right.reshape(rank, q, -1).permute(
+        1, 2, 0
+    )  # (Q, N, r)
     coupled = torch.bmm(inner.permute(2, 1, 0), ready["scales"].permute(2, 1, 0))  # (r, N, Q) (r, Q, P)
     outer = torch.bmm(coupled.permute(2, 1, 0), left.reshape(p, -1, rank).mT)  # (P, N, r) (P, r, a)
-    return outer.transpose(0, 1).reshape(len(rows), -1)
+    return outer.transpose(0, 1).reshape(rows.shape[0], -1)
 
 
 def _factor_conv2d(images: Tensor, ready: Mapping[str, Tensor], structure: Structure, window: Window) -> Tensor:
@@ -261,10 +285,10 @@ def _factor_conv2d(images: Tensor, ready: Mapping[str, Tensor], structure: Struc
     rowwise = right.reshape(rank, q, columns // q, *taps).transpose(0, 1).flatten(0, 1)  # (Q·r, columns/Q, *taps)
     inner = F.conv2d(images, rowwise, None, first.stride, first.padding, first.dilation, q)
     if structure.grid is not None:
-        apart = inner.reshape(len(inner), q, rank, -1).permute(2, 1, 0, 3).flatten(2)  # (r, Q, N·positions)
+        apart = inner.reshape(inner.shape[0], q, rank, -1).permute(2, 1, 0, 3).flatten(2)  # (r, Q, N·positions)
         coupled = torch.bmm(ready["scales"].permute(2, 0, 1), apart)  # (r, P, N·positions)
-        coupled = coupled.reshape(rank, p, len(inner), -1).permute(2, 1, 0, 3)
-        inner = coupled.reshape(len(inner), p * rank, *inner.shape[2:])
+        coupled = coupled.reshape(rank, p, inner.shape[0], -1).permute(2, 1, 0, 3)
+        inner = coupled.reshape(inner.shape[0], p * rank, *inner.shape[2:])
     return F.conv2d(inner, columnwise, None, second.stride, second.padding, second.dilation, p)
 
 
@@ -272,8 +296,15 @@ def _factor_conv2d(images: Tensor, ready: Mapping[str, Tensor], structure: Struc
 # Whole layers.
 
 
-def linear(given: Tensor, ready: Mapping[str, Tensor], structure: Structure, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, (*batch, columns) -> (*batch, rows), from what `prepare` made of the weight's tensors.
+def linear(
+    given: Tensor,  # (*batch, columns)
+    ready: Mapping[str, Tensor],
+    structure: Structure,
+    bias: Tensor | None = None,
+    *,
+    layout: Layout | None = None,  # that of the group, where the caller keeps it: a compiler sees through no cache
+) -> Tensor:  # (*batch, rows)
+    """x Wᵀ + b from what `prepare` made of the weight's tensors.
 
     >>> shift = prepare({"kernel": torch.tensor([[[0.0, 1.0, 0.0]]])}, Structure.parse("C3"))
     >>> linear(torch.tensor([[1.0, 2.0, 3.0]]), shift, Structure.parse("C3")).round(decimals=4).tolist()
@@ -282,12 +313,14 @@ def linear(given: Tensor, ready: Mapping[str, Tensor], structure: Structure, bia
     rows = given.reshape(-1, given.shape[-1])
     found = None
     if structure.group is not None:
-        n = structure.group.order
-        if len(rows) <= ROWS:
-            found = _group_product(rows.reshape(len(rows), -1, n, 1), ready, structure, None).reshape(len(rows), -1)
+        n, layout = structure.group.order, layout or layout_of(structure.group)
+        if not torch.compiler.is_compiling() and rows.shape[0] <= ROWS:  # a graph is for any number of them
+            found = _group_product(rows.reshape(rows.shape[0], -1, n, 1), ready, layout, None).reshape(
+                rows.shape[0], -1
+            )
         else:
-            moved = rows.mT.reshape(1, -1, n, len(rows))
-            found = _group_product(moved, ready, structure, None).reshape(-1, len(rows)).mT
+            moved = rows.mT.reshape(1, -1, n, rows.shape[0])
+            found = _group_product(moved, ready, layout, None).reshape(-1, rows.shape[0]).mT
     if "left" in ready:
         factors = _factor_linear(rows, ready, structure)
         found = factors if found is None else found + factors
@@ -304,21 +337,23 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     window: Window,
+    layout: Layout | None = None,
 ) -> Tensor:  # (N, rows, height', width')
     """The convolution with the weight of whose tensors `prepare` made `ready`; it has one convolution group."""
     if images.dim() == 3:
-        return conv2d(images[None], ready, structure, bias, window=window)[0]
+        return conv2d(images[None], ready, structure, bias, window=window, layout=layout)[0]
     found = None
     if structure.group is not None:
-        signal = images.reshape(len(images), -1, structure.group.order, *images.shape[2:])
+        layout = layout or layout_of(structure.group)
+        signal = images.reshape(images.shape[0], -1, structure.group.order, *images.shape[2:])
         taps = ready["spectrum0"].shape[3:]
         pointwise = prod(taps) == 1 and window == Window()
         if pointwise:
             plain = {key: each.flatten(2) if key.startswith("spectrum") else each for key, each in ready.items()}
-            flat = _group_product(signal.flatten(3), plain, structure, None)
-            found = flat.reshape(len(images), -1, *images.shape[2:])
+            flat = _group_product(signal.flatten(3), plain, layout, None)
+            found = flat.reshape(images.shape[0], -1, *images.shape[2:])
         else:
-            found = _group_product(signal, ready, structure, window).flatten(1, 2)
+            found = _group_product(signal, ready, layout, window).flatten(1, 2)
     if "left" in ready:
         factors = _factor_conv2d(images, ready, structure, window)
         found = factors if found is None else found + factors
@@ -346,11 +381,11 @@ def multiply_adds(
     total = 0
     if structure.group is not None:
         more = 1 + structure.displacement
-        n, lengths = structure.group.order, sum(axis.order for axis in fourier_axes(structure.group))
-        total += lengths * (samples * height * width * columns + outputs * rows * more)
-        for families in _combinations(structure.group):
-            count, copies, side = (prod(getattr(x, w) for x in families) for w in ("count", "copies", "size"))
-            total += outputs * copies * count * side**2 * (rows // n * more) * (columns // n) * ky * kx
+        n, layout = structure.group.order, layout_of(structure.group)
+        total += sum(layout.lengths) * (samples * height * width * columns + outputs * rows * more)
+        for each in layout.combinations:
+            products = each.repeats * each.blocks * each.size**2
+            total += outputs * products * (rows // n * more) * (columns // n) * ky * kx
     if structure.lowrank:
         inner = samples * height * wide if structure.split else outputs
         coupling = 0 if structure.grid is None else prod(structure.grid)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GMError
-from ..products import prepare, why_slow
+from ..products import Layout, layout_of, prepare, why_slow
 from ..structure import Structure, expand
 
 Path = Literal["dense", "structured"]  # a product with the computed weight, or the fast product of its structure
@@ -60,6 +60,7 @@ class GMLayer(nn.Module):
         self.weight_shape = shape
         self.path: Path = "dense"
         self.verdict: Verdict | None = None
+        self.layout: Layout | None = None
         self._stamp: tuple[tuple[int, int], ...] | None = None  # of the tensors that the kept buffers are made of
         shapes = structure.shapes(shape)
         for part in self.PARTS:
@@ -142,6 +143,8 @@ class GMLayer(nn.Module):
             for name, tensor in made.items():
                 if name not in own:
                     self.register_buffer(READY + name, tensor.detach(), persistent=False)
+            if path == "structured" and self.structure.group is not None:
+                self.layout = layout_of(self.structure.group)
         self.path, self.verdict, self._stamp = path, verdict, self._stamps()
 
     def thaw_(self) -> None:
@@ -199,7 +202,7 @@ class GMLayer(nn.Module):
 
 def filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
     """The plain layer with weight, bias and flags of a structured one, and with what else was set on it."""
-    own = {*vars(empty), "structure", "weight_shape", "path", "verdict", "_stamp"}
+    own = {*vars(empty), "structure", "weight_shape", "path", "verdict", "layout", "_stamp"}
     vars(empty).update({key: each for key, each in vars(layer).items() if key not in own})
     empty.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.trains)
     if layer.bias is not None:

@@ -101,7 +101,7 @@ class GMConv2d(GMLayer):
             return F.conv2d(input, self._dense(), self.bias, self.stride, padding, self.dilation, self.groups)
         if isinstance(padding, str):
             input = F.pad(input, self._reversed_padding_repeated_twice)
-        return conv2d(input, ready, self.structure, self.bias, window=self.window)
+        return conv2d(input, ready, self.structure, self.bias, window=self.window, layout=self.layout)
 
     @property
     def window(self) -> Window:

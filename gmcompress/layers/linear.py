@@ -54,7 +54,7 @@ class GMLinear(GMLayer):
         """x W(kernel, ...)ᵀ + bias."""
         ready = self._ready()
         if ready is not None:
-            return linear(input, ready, self.structure, self.bias)
+            return linear(input, ready, self.structure, self.bias, layout=self.layout)
         return F.linear(input, self._dense(), self.bias)
 
     def dense(self) -> nn.Linear:
