@@ -25,6 +25,7 @@ from .structure import Structure
 
 Tensors = dict[str, Tensor]
 
+CACHED = 1 << 21  # bytes of inputs, or outputs, of a linear layer that go through all steps together: a core's cache
 ROWS = 4  # inputs of a linear layer up to which they stay rows; more become the last axis, which needs fewer products
 
 
@@ -311,13 +312,27 @@ def linear(
     [[2.0, 3.0, 1.0]]
     """
     rows = given.reshape(-1, given.shape[-1])
+    if structure.group is None:
+        return _rows_product(rows, ready, structure, None, bias).reshape(*given.shape[:-1], -1)
+    layout = layout or layout_of(structure.group)
+    if torch.compiler.is_compiling():
+        return _rows_product(rows, ready, structure, layout, bias).reshape(*given.shape[:-1], -1)
+    widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
+    pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
+    found = [_rows_product(each, ready, structure, layout, bias) for each in pieces]
+    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(*given.shape[:-1], -1)
+
+
+def _rows_product(
+    rows: Tensor, ready: Mapping[str, Tensor], structure: Structure, layout: Layout | None, bias: Tensor | None
+) -> Tensor:  # (N, columns) -> (N, rows)
     found = None
     if structure.group is not None:
-        n, layout = structure.group.order, layout or layout_of(structure.group)
+        assert layout is not None, "a group has a layout"
+        n = structure.group.order
         if not torch.compiler.is_compiling() and rows.shape[0] <= ROWS:  # a graph is for any number of them
-            found = _group_product(rows.reshape(rows.shape[0], -1, n, 1), ready, layout, None).reshape(
-                rows.shape[0], -1
-            )
+            found = _group_product(rows.reshape(rows.shape[0], -1, n, 1), ready, layout, None)
+            found = found.reshape(rows.shape[0], -1)
         else:
             moved = rows.mT.reshape(1, -1, n, rows.shape[0])
             found = _group_product(moved, ready, layout, None).reshape(-1, rows.shape[0]).mT
@@ -325,9 +340,7 @@ def linear(
         factors = _factor_linear(rows, ready, structure)
         found = factors if found is None else found + factors
     assert found is not None, "a structure has a group or a factor part"
-    if bias is not None:
-        found = found + bias.to(found.dtype)
-    return found.reshape(*given.shape[:-1], -1)
+    return found if bias is None else found + bias.to(found.dtype)
 
 
 def conv2d(
