@@ -16,7 +16,7 @@ FLOORS = (
     ("factors", "products", "selection", "calibration", "rules"),
     ("fitting", "layers"),
     ("projection", "attaching"),
-    ("planning", "candidates", "metrics", "tuning", "data", "pages"),
+    ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity"),
     ("reporting", "reconstruction", "blocks"),
     ("allocation", "freezing"),
     ("jobs",),
