@@ -20,6 +20,7 @@ from .pipeline import make_plan as plan
 from .planning import Plan
 from .projection import Fit, project
 from .reporting import Report, Result
+from .shards import Shards, compress_shards, load_shards
 from .storage import load, save
 from .structure import (
     Structure,
@@ -48,9 +49,11 @@ __all__ = [
     "Plan",
     "Report",
     "Result",
+    "Shards",
     "Site",
     "Structure",
     "compress",
+    "compress_shards",
     "densify",
     "diagonals",
     "displacement",
@@ -65,6 +68,7 @@ __all__ = [
     "group",
     "groups",
     "load",
+    "load_shards",
     "measure",
     "nearest",
     "plan",
