@@ -37,11 +37,14 @@ def leading_vectors(gram: Tensor, rank: int) -> Tensor:  # (*b, n, n) symmetric 
     n = gram.shape[-1]
     if gram.device.type != "cpu" or gram.dtype not in DOUBLE or n < ALL or 8 * rank > n or gram.requires_grad:
         return torch.linalg.eigh(gram)[1][..., -rank:]
-    from scipy.linalg import eigh
+    from scipy.linalg import LinAlgError, eigh
 
     chosen: dict[str, Any] = {"subset_by_index": (n - rank, n - 1), "driver": "evr", "check_finite": False}
     # symmetric, so that its transpose is itself in the order of LAPACK, which then copies nothing
-    found = [eigh(each.numpy().T, lower=True, **chosen)[1] for each in gram.reshape(-1, n, n)]
+    try:
+        found = [eigh(each.numpy().T, lower=True, **chosen)[1] for each in gram.reshape(-1, n, n)]
+    except LinAlgError:  # inverse iteration has no guarantee
+        return torch.linalg.eigh(gram)[1][..., -rank:]
     vectors = torch.stack([torch.from_numpy(each) for each in found])
     return vectors.reshape(*gram.shape[:-1], rank)
 

@@ -1,6 +1,7 @@
 """Dense linear algebra: the same, to tolerance, as torch's own where all singular values are computed."""
 
 import pytest
+import scipy.linalg
 import torch
 from conftest import assert_close, must_fail
 from torch import Generator, Tensor
@@ -48,6 +49,17 @@ def test_truncated_svd_is_that_of_torch(values: Tensor, columns: int, rank: int,
     assert_truncation(*(each[1] for each in batched))
     must_fail(assert_truncation, u, s + 1e-6, vh)
     must_fail(assert_truncation, u * 1.01, s, vh)
+
+
+def test_lapack_may_fail(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise scipy.linalg.LinAlgError
+
+    matrix = randn((200, 300), generator)
+    expected = truncated_svd(matrix, 2)
+    monkeypatch.setattr(scipy.linalg, "eigh", fails)
+    for found, wanted in zip(truncated_svd(matrix, 2), expected, strict=True):
+        assert_close(found.abs(), wanted.abs(), slack=1e3)
 
 
 @pytest.mark.parametrize("values", [torch.rand(200), torch.ones(200), torch.logspace(0, -14, 200), torch.zeros(200)])

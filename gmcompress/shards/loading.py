@@ -49,7 +49,7 @@ def load_shards(folder: str | Path, model: nn.Module, *, device: torch.device | 
     for entry, tensor in _tensors(entries):
         _fill(places[names.get(entry.name, entry.name)], tensor, entry, device, filled)
     _check_real(small)
-    return small.eval()
+    return (small if device is None else small.to(device)).eval()
 
 
 def _layer(model: nn.Module, name: str, text: str, found: Shards) -> GMLayer:
