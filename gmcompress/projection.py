@@ -80,31 +80,31 @@ def project(
     _check_ranks(structure, shape)
     metric = (metric or Metric()).to(exact.dtype)
     metric.check(shape)
-    tensors, away = _start(exact, structure, metric)
+    tensors, away, lost = _start(exact, structure, metric)
     if structure.grid is not None or metric != Metric():
         dtype = torch.float64 if exact.numel() <= EXACT else torch.float32
         start = {name: each.to(dtype) for name, each in tensors.items()}
         limits: dict[str, Any] = {"iterations": iterations, "effort": effort}
         tensors = refine(exact.to(dtype), structure, start, metric=metric.to(dtype), **limits)
-        tensors = {name: each.double() for name, each in tensors.items()}
-    found = expand(tensors, structure, shape)
-    error = relative_error(found, exact)
-    plain = set(tensors) == {"kernel"} and metric == Metric()
+        tensors, lost = {name: each.double() for name, each in tensors.items()}, None
+    norm = float(exact.norm()) or 1.0
+    found = expand(tensors, structure, shape) if lost is None else exact
+    error = relative_error(found, exact) if lost is None else lost / norm
     return Fit(
         structure=structure,
         tensors={name: each.to(weight.dtype).contiguous() for name, each in tensors.items()},
         relative_error=error,
-        distance=error if plain else None if away is None else away / (float(exact.norm()) or 1.0),
+        distance=None if away is None else away / norm,
         loss=error**2 if metric == Metric() else metric.relative_loss(found, exact),
     )
 
 
-def _start(exact: Tensor, structure: Structure, metric: Metric) -> tuple[dict[str, Tensor], float | None]:
-    """The fit in the Frobenius norm, and the distance to the group matrices where there is a group."""
+def _start(exact: Tensor, structure: Structure, metric: Metric) -> tuple[dict[str, Tensor], float | None, float | None]:
+    """The fit in the Frobenius norm; the distance to the group matrices, if any; the error, where it is known."""
     if structure.group is None:
-        return start_factors(exact, structure, metric), None
-    tensors, away = _group_part(exact, structure)
-    return (_alternate(exact, structure, tensors) if structure.lowrank else tensors), away
+        return start_factors(exact, structure, metric), None, None
+    tensors, away, lost = _group_part(exact, structure)
+    return (_alternate(exact, structure, tensors), away, None) if structure.lowrank else (tensors, away, lost)
 
 
 def fitted_distance(fit: Fit, shape: tuple[int, ...]) -> float | None:
@@ -150,25 +150,27 @@ def _check_ranks(structure: Structure, shape: tuple[int, ...]) -> None:
             )
 
 
-def _group_part(weight: Tensor, structure: Structure) -> tuple[dict[str, Tensor], float]:
-    """Group matrix and displacement residual, the closed form, and the distance to the group matrices."""
+def _group_part(weight: Tensor, structure: Structure) -> tuple[dict[str, Tensor], float, float]:
+    """Group matrix and displacement residual, the closed form; the distance to the group matrices; the error."""
     shapes = structure.shapes(weight.shape)
     if not structure.is_regular:
         kernel = orbit_means(weight, structure)
         plain = structure.with_rank(0, residual="lowrank")
-        return {"kernel": kernel}, float((weight - expand({"kernel": kernel}, plain, weight.shape)).norm())
+        away = float((weight - expand({"kernel": kernel}, plain, weight.shape)).norm())
+        return {"kernel": kernel}, away, away
     rows = diagonals(weight, structure).flatten(2)  # (o, n, columns·taps)
     means = rows.mean(1, keepdim=True)
     rows, kernel = rows - means, means.reshape(shapes["kernel"])
     away = float(rows.norm())
     if not structure.displacement:
-        return {"kernel": kernel}, away
+        return {"kernel": kernel}, away, away
     u, s, vh = truncated_svd(rows, structure.displacement)
     # gates of root mean square 1, as the constant gate of the kernel, so that kernel and filters train on one scale
     scale = structure.acting.order**0.5
     gates = (u * scale).transpose(1, 2).reshape(shapes["gates"])
     filters = (s[..., None] * vh / scale).reshape(shapes["filters"])
-    return {"kernel": kernel, "gates": gates, "filters": filters}, away
+    lost = float(rows.baddbmm_(u * s[:, None], vh, alpha=-1).norm())  # a re-indexing of the error
+    return {"kernel": kernel, "gates": gates, "filters": filters}, away, lost
 
 
 def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +181,7 @@ def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -
         rest = weight - expand(group, only_group, weight.shape)
         low = start_factors(rest, structure, Metric())
         rest = weight - factor_weight(low, structure, weight.shape)
-        group, _ = _group_part(rest, only_group)
+        group = _group_part(rest, only_group)[0]
         before, error = error, float((rest - expand(group, only_group, weight.shape)).norm())
         if error >= before * (1 - 1e-6):
             break
