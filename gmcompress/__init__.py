@@ -11,9 +11,10 @@ from .doctor import Examination
 from .doctor import examine as doctor
 from .errors import GMError
 from .exporting import Export, export
+from .freezing import freeze, verdicts
 from .groups import Group, GSet, group
 from .kinds import register
-from .layers import GMConv2d, GMLinear, GMWeight
+from .layers import GMConv2d, GMLinear, GMWeight, Verdict
 from .metrics import Metrics, measure
 from .pipeline import compress, equivariance, sweep, tune
 from .pipeline import make_plan as plan
@@ -52,6 +53,7 @@ __all__ = [
     "Shards",
     "Site",
     "Structure",
+    "Verdict",
     "compress",
     "compress_shards",
     "densify",
@@ -63,6 +65,7 @@ __all__ = [
     "equivariance",
     "expand",
     "export",
+    "freeze",
     "generator_displacement",
     "generator_displacement_rank",
     "group",
@@ -79,4 +82,5 @@ __all__ = [
     "sweep",
     "trace",
     "tune",
+    "verdicts",
 ]

@@ -12,13 +12,13 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes"),
-    ("factors", "layers", "selection", "calibration", "rules"),
-    ("fitting", "attaching"),
-    ("projection",),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier"),
+    ("factors", "products", "selection", "calibration", "rules"),
+    ("fitting", "layers"),
+    ("projection", "attaching"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages"),
     ("reporting", "reconstruction", "blocks"),
-    ("allocation",),
+    ("allocation", "freezing"),
     ("jobs",),
     ("pipeline", "storage", "shards"),
     ("exporting", "doctor"),
@@ -27,7 +27,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg")}
+ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier")}
 PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
 
 

@@ -393,7 +393,7 @@ COMMANDS = {
     ),
     "benchmark": Command(
         _benchmark,
-        "time a network dense, compressed and densified, in turns, at batch 1 and at a large batch",
+        "time a network dense, compressed, frozen and densified, in turns, at batch 1 and at a large batch",
         {
             "network": flags.NETWORK,
             "compression": flags.COMPRESSION | flags.PLAN,
