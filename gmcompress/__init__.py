@@ -21,6 +21,7 @@ from .pipeline import make_plan as plan
 from .planning import Plan
 from .projection import Fit, project
 from .reporting import Report, Result
+from .shards import Shards, compress_shards, load_shards
 from .storage import load, save
 from .structure import (
     Structure,
@@ -49,10 +50,12 @@ __all__ = [
     "Plan",
     "Report",
     "Result",
+    "Shards",
     "Site",
     "Structure",
     "Verdict",
     "compress",
+    "compress_shards",
     "densify",
     "diagonals",
     "displacement",
@@ -68,6 +71,7 @@ __all__ = [
     "group",
     "groups",
     "load",
+    "load_shards",
     "measure",
     "nearest",
     "plan",

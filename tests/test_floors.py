@@ -20,7 +20,7 @@ FLOORS = (
     ("reporting", "reconstruction", "blocks"),
     ("allocation", "freezing"),
     ("jobs",),
-    ("pipeline", "storage"),
+    ("pipeline", "storage", "shards"),
     ("exporting", "doctor"),
     ("runs",),
     ("cli", "__init__"),
