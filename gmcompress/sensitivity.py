@@ -55,8 +55,19 @@ def sensitivities(
         values = [totals[index] for index in sorted(totals)]
         means = [float(each.mean()) for each in values]
         if values and name not in uneven and all(0 < mean < float("inf") for mean in means):
-            found[name] = [(each / mean + DAMPED) / (1 + DAMPED) for each, mean in zip(values, means, strict=True)]
+            found[name] = [(_by_place(each) + DAMPED) / (1 + DAMPED) for each in values]
     return found
+
+
+def _by_place(values: Tensor) -> Tensor:
+    """The means over channels, of mean 1 and of the shape given.
+
+    Tokens differ by orders of magnitude, where one of them is read out; what channels differ by is mostly the noise of
+    so few examples.
+    """
+    channels = 0 if values.dim() == 3 else -1  # images have them first, tokens last
+    places = values.mean(channels, keepdim=True)
+    return (places / places.mean()).expand(values.shape)
 
 
 def _hook(name: str, totals: dict[int, Tensor], uneven: set[str]) -> Callable[..., Any]:
