@@ -1,0 +1,246 @@
+"""The product of signals and kernels on a group, three ways: circular convolution, tap by tap, one dense matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .errors import GMError
+from .groups import Group, axes_of, cyclic
+from .groups.group import Indices
+
+MAX_DENSE = 1 << 22  # entries of a dense matrix: 16 MiB in float32
+# time for a multiply-add, relative to one of a large matrix product; measured on two cores by benchmarks/kit.py
+BOX, TAPS, DENSE = 0.6, 1.0, 1.5
+MOVED = 8.0  # for a number that is gathered and added
+METHODS = ("circular", "taps", "dense")
+
+
+@dataclass(frozen=True, eq=False)
+class Stencil:
+    """Which inputs each output reads: output h of `members` reads h·u for every u of `taps`.
+
+    y[o, h] = Σ_c Σ_u k[o, c, u] x[c, h·u], the product by the group matrix W[h, y] = k(h⁻¹y); it commutes with the
+    action (g·x)[y] = x[g⁻¹y] of every g of the subgroup `members`.
+
+    >>> from gmcompress.groups import ball
+    >>> stencil = Stencil(cyclic(6), np.array([0, 2, 4]), ball(cyclic(6), 1))
+    >>> stencil.reads.tolist()
+    [[0, 2, 4], [1, 3, 5], [5, 1, 3]]
+    """
+
+    group: Group
+    members: Indices  # (m,), ascending, a subgroup
+    taps: Indices  # (t,)
+
+    @cached_property
+    def reads(self) -> Indices:  # (t, m)
+        """`reads[u, h]` is the element h·u."""
+        return np.ascontiguousarray(self.group.table[np.ix_(self.members, self.taps)].T)
+
+    @cached_property
+    def labels(self) -> Indices:  # (m, n)
+        """`labels[h, y]` is the tap with which h reads y, and the number of taps where it does not."""
+        number = np.full(self.group.order, len(self.taps), dtype=np.int64)
+        number[self.taps] = np.arange(len(self.taps))
+        return number[self.group.table[self.group.inverse[self.members]]]
+
+    @cached_property
+    def box(self) -> Box | None:
+        """How a circular convolution does the same, or None: for products of up to three cyclic groups."""
+        axes = axes_of(self.group)
+        factors = self.group.factors or (self.group,)
+        if len(axes) > 3 or not all(each == cyclic(each.order) for each in factors):
+            return None
+        kept = [len(np.unique(each)) for each in np.unravel_index(self.members, axes)]
+        if prod(kept) != len(self.members):
+            return None
+        places = np.stack(np.unravel_index(self.taps, axes), 1)  # (t, axes)
+        signed = np.where(2 * places > np.array(axes), places - np.array(axes), places)
+        low, high = signed.min(0), signed.max(0)
+        size = tuple(int(each) for each in high - low + 1)
+        at = np.ravel_multi_index(tuple((signed - low).T), size)
+        padding = tuple(int(each) for pair in zip(-low[::-1], high[::-1], strict=True) for each in pair)
+        stride = tuple(whole // part for whole, part in zip(axes, kept, strict=True))
+        return Box(axes, size, at, padding, stride)
+
+    def costs(self, out_channels: int, in_channels: int) -> dict[str, float]:
+        """Time for one example, in multiply-adds of a large matrix product; only the methods that can be used.
+
+        With m outputs, n inputs, t taps and a box of b taps around them: circular ∝ m·o·i·b, taps ∝ m·o·i·t and the
+        traffic m·i·t, dense ∝ m·n·o·i, as long as that matrix has at most 2²² entries.
+        """
+        m, n, t = len(self.members), self.group.order, len(self.taps)
+        pairs = out_channels * in_channels
+        found = {"taps": m * t * (TAPS * pairs + MOVED * in_channels)}
+        if self.box is not None:
+            found["circular"] = BOX * m * pairs * prod(self.box.size)
+        if m * n * pairs <= MAX_DENSE:
+            found["dense"] = DENSE * m * n * pairs
+        return found
+
+    def method(self, out_channels: int, in_channels: int) -> str:
+        """The method that costs least."""
+        costs = self.costs(out_channels, in_channels)
+        return min(costs, key=costs.__getitem__)
+
+    def table(self, method: str) -> Indices:
+        """The index array that `multiply` needs for a method."""
+        if method not in METHODS or (method == "circular" and self.box is None):
+            raise GMError(f"{method!r} is no way to multiply on {self.group}; {', '.join(self.costs(1, 1))} are")
+        return {"taps": lambda: self.reads, "dense": lambda: self.labels}.get(method, lambda: self._box().at)()
+
+    def _box(self) -> Box:
+        assert self.box is not None
+        return self.box
+
+
+@dataclass(frozen=True)
+class Box:
+    """The smallest box around the taps of a circular convolution; all offsets are counted from its lower corner."""
+
+    axes: tuple[int, ...]
+    size: tuple[int, ...]
+    at: Indices  # (t,) the place of every tap in the box
+    padding: tuple[int, ...]  # last axis first, below and above, as torch pads
+    stride: tuple[int, ...]
+
+
+def multiply(
+    signal: Tensor,  # (batch, i, n)
+    kernel: Tensor,  # (o, i, t)
+    stencil: Stencil,
+    *,
+    method: str,
+    table: Tensor,  # stencil.table(method), on the device of the signal
+) -> Tensor:  # (batch, o, m)
+    """y[b, o, h] = Σ_c Σ_u kernel[o, c, u] signal[b, c, h·u], differentiable as often as wanted.
+
+    >>> stencil = Stencil(cyclic(3), np.arange(3), np.array([1]))
+    >>> multiply(torch.tensor([[[1.0, 2, 3]]]), torch.ones(1, 1, 1), stencil, method="dense",
+    ...          table=torch.tensor(stencil.table("dense")))
+    tensor([[[2., 3., 1.]]])
+    """
+    if method == "dense":
+        return _by_matrix(signal, kernel, table)
+    if method == "taps":
+        return _by_taps(signal, kernel, table)
+    return _by_circle(signal, kernel, table, stencil._box())
+
+
+def depthwise(signal: Tensor, kernel: Tensor, reads: Tensor) -> Tensor:  # (batch, c, n), (c, t), (t, m) -> (batch, c, m)
+    """y[b, c, h] = Σ_u kernel[c, u] signal[b, c, h·u]: every channel by itself, one tap after the other."""
+    found = kernel[:, 0, None] * signal.index_select(2, reads[0])
+    for tap in range(1, len(reads)):
+        found = found + kernel[:, tap, None] * signal.index_select(2, reads[tap])
+    return found
+
+
+def _by_matrix(signal: Tensor, kernel: Tensor, labels: Tensor) -> Tensor:
+    (o, i, _), (m, n) = kernel.shape, labels.shape
+    padded = F.pad(kernel, (0, 1))  # the last entry is for what is not read
+    weight = padded.index_select(2, labels.flatten()).reshape(o, i, m, n)
+    matrix = weight.transpose(1, 2).reshape(o * m, i * n)
+    return F.linear(signal.flatten(1), matrix).reshape(len(signal), o, m)
+
+
+def _by_circle(signal: Tensor, kernel: Tensor, at: Tensor, box: Box) -> Tensor:
+    o, i, t = kernel.shape
+    filled = kernel
+    if t != prod(box.size):
+        filled = kernel.new_zeros(o, i, prod(box.size)).index_copy(2, at, kernel)
+    elif t > 1:
+        filled = torch.empty_like(kernel).index_copy(2, at, kernel)
+    shaped = signal.reshape(len(signal), i, *box.axes)
+    if any(box.padding):
+        shaped = F.pad(shaped, box.padding, mode="circular")
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(box.axes) - 1]
+    return convolve(shaped, filled.reshape(o, i, *box.size), stride=box.stride).flatten(2)
+
+
+def _by_taps(signal: Tensor, kernel: Tensor, reads: Tensor) -> Tensor:
+    """Positions in front, so that a tap moves whole rows; nothing of the size of the gathered input is ever kept."""
+    if torch.is_autocast_enabled(signal.device.type):
+        low = torch.get_autocast_dtype(signal.device.type)
+        signal, kernel = signal.to(low), kernel.to(low)
+    rows = signal.permute(2, 0, 1).contiguous()  # (n, batch, i)
+    found = _Gather.apply(rows, kernel.permute(2, 1, 0).contiguous(), reads)  # (m, batch, o)
+    return found.permute(1, 2, 0)
+
+
+# The trilinear form Σ_u Σ_h g[h] · (x[h·u] k_u) gives three products; the derivatives of each are the two others.
+
+
+def _gathered(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (t, i, o) -> (m, b, o)
+    (_, b, i), o = x.shape, k.shape[2]
+    found = x.new_zeros(reads.shape[1] * b, o)
+    for tap in range(len(reads)):
+        found.addmm_(x.index_select(0, reads[tap]).view(-1, i), k[tap])
+    return found.view(-1, b, o)
+
+
+def _scattered(g: Tensor, k: Tensor, reads: Tensor, n: int) -> Tensor:  # (m, b, o), (t, i, o) -> (n, b, i)
+    (m, b, o), i = g.shape, k.shape[1]
+    found, flat = g.new_zeros(n, b, i), g.reshape(-1, o)
+    for tap in range(len(reads)):
+        found.index_add_(0, reads[tap], (flat @ k[tap].T).view(m, b, i))
+    return found
+
+
+def _correlated(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (m, b, o) -> (t, i, o)
+    i, flat = x.shape[2], g.reshape(-1, g.shape[2])
+    return torch.stack([x.index_select(0, each).view(-1, i).T @ flat for each in reads])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:  # type: ignore[override]
+        return _gathered(x, k, reads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, k, reads = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        for_x = _Scatter.apply(g, k, reads, len(x)) if wanted[0] else None
+        return for_x, _Correlate.apply(x, g, reads) if wanted[1] else None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(g: Tensor, k: Tensor, reads: Tensor, n: int) -> Tensor:  # type: ignore[override]
+        return _scattered(g, k, reads, n)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+        g, k, reads = ctx.saved_tensors
+        return _Gather.apply(x, k, reads), _Correlate.apply(x, g, reads), None, None
+
+
+class _Correlate(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:  # type: ignore[override]
+        return _correlated(x, g, reads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, k: Tensor) -> Any:  # type: ignore[override]
+        x, g, reads = ctx.saved_tensors
+        return _Scatter.apply(g, k, reads, len(x)), _Gather.apply(x, k, reads), None
