@@ -64,7 +64,7 @@ class Stencil:
             return None
         places = np.stack(np.unravel_index(self.taps, axes), 1)  # (t, axes)
         signed = np.where(2 * places > np.array(axes), places - np.array(axes), places)
-        low, high = signed.min(0), signed.max(0)
+        low, high = np.minimum(signed.min(0), 0), np.maximum(signed.max(0), 0)  # padding cannot be negative
         size = tuple(int(each) for each in high - low + 1)
         at = np.ravel_multi_index(tuple((signed - low).T), size)
         padding = tuple(int(each) for pair in zip(-low[::-1], high[::-1], strict=True) for each in pair)
@@ -135,11 +135,25 @@ def multiply(
     return _by_circle(signal, kernel, table, stencil._box())
 
 
-def depthwise(signal: Tensor, kernel: Tensor, reads: Tensor) -> Tensor:  # (batch, c, n), (c, t), (t, m) -> (batch, c, m)
-    """y[b, c, h] = Σ_u kernel[c, u] signal[b, c, h·u]: every channel by itself, one tap after the other."""
-    found = kernel[:, 0, None] * signal.index_select(2, reads[0])
-    for tap in range(1, len(reads)):
-        found = found + kernel[:, tap, None] * signal.index_select(2, reads[tap])
+def depthwise(
+    signal: Tensor,  # (batch, c, n)
+    kernel: Tensor,  # (c, t)
+    stencil: Stencil,
+    *,
+    table: Tensor,  # of the method "circular" where there is a box, else of "taps"
+) -> Tensor:  # (batch, c, m)
+    """y[b, c, h] = Σ_u kernel[c, u] signal[b, c, h·u]: every channel by itself.
+
+    >>> stencil = Stencil(cyclic(3), np.arange(3), np.array([1]))
+    >>> table = torch.tensor(stencil.table("circular"))
+    >>> depthwise(torch.tensor([[[1.0, 2, 3]]]), torch.ones(1, 1), stencil, table=table)
+    tensor([[[2., 3., 1.]]])
+    """
+    if stencil.box is not None:
+        return _by_circle(signal, kernel[:, None], table, stencil.box, groups=len(kernel))
+    found = kernel[:, 0, None] * signal.index_select(2, table[0])
+    for tap in range(1, len(table)):
+        found = found + kernel[:, tap, None] * signal.index_select(2, table[tap])
     return found
 
 
@@ -151,18 +165,18 @@ def _by_matrix(signal: Tensor, kernel: Tensor, labels: Tensor) -> Tensor:
     return F.linear(signal.flatten(1), matrix).reshape(len(signal), o, m)
 
 
-def _by_circle(signal: Tensor, kernel: Tensor, at: Tensor, box: Box) -> Tensor:
+def _by_circle(signal: Tensor, kernel: Tensor, at: Tensor, box: Box, *, groups: int = 1) -> Tensor:
     o, i, t = kernel.shape
     filled = kernel
     if t != prod(box.size):
         filled = kernel.new_zeros(o, i, prod(box.size)).index_copy(2, at, kernel)
     elif t > 1:
         filled = torch.empty_like(kernel).index_copy(2, at, kernel)
-    shaped = signal.reshape(len(signal), i, *box.axes)
+    shaped = signal.reshape(len(signal), -1, *box.axes)
     if any(box.padding):
         shaped = F.pad(shaped, box.padding, mode="circular")
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(box.axes) - 1]
-    return convolve(shaped, filled.reshape(o, i, *box.size), stride=box.stride).flatten(2)
+    return convolve(shaped, filled.reshape(o, i, *box.size), stride=box.stride, groups=groups).flatten(2)
 
 
 def _by_taps(signal: Tensor, kernel: Tensor, reads: Tensor) -> Tensor:
@@ -201,7 +215,7 @@ def _correlated(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (m
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:
         return _gathered(x, k, reads)
 
     @staticmethod
@@ -209,7 +223,7 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, k, reads = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         for_x = _Scatter.apply(g, k, reads, len(x)) if wanted[0] else None
@@ -218,7 +232,7 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(g: Tensor, k: Tensor, reads: Tensor, n: int) -> Tensor:  # type: ignore[override]
+    def forward(g: Tensor, k: Tensor, reads: Tensor, n: int) -> Tensor:
         return _scattered(g, k, reads, n)
 
     @staticmethod
@@ -226,14 +240,14 @@ class _Scatter(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> Any:
         g, k, reads = ctx.saved_tensors
         return _Gather.apply(x, k, reads), _Correlate.apply(x, g, reads), None, None
 
 
 class _Correlate(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:
         return _correlated(x, g, reads)
 
     @staticmethod
@@ -241,6 +255,6 @@ class _Correlate(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, k: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, k: Tensor) -> Any:
         x, g, reads = ctx.saved_tensors
         return _Scatter.apply(g, k, reads, len(x)), _Gather.apply(x, k, reads), None

@@ -99,7 +99,7 @@ def _parts(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += letter
-    found = []
+    found: list[str] = []
     for part in parts:
         power = re.fullmatch(r"(.*)\^([0-9]{1,2})", part)
         found += [power[1]] * int(power[2]) if power else [part]
