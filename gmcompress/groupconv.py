@@ -108,7 +108,7 @@ class GroupConv(nn.Module):
         self.out_channels = _natural("out_channels", out_channels, 1)
         self.radius, self.rank, self.terms = radius, _natural("rank", rank, 0), _natural("terms", terms, 1)
         self.generators = None if generators is None else tuple(generators)
-        self.stride = stride if stride is None or isinstance(stride, str) else tuple(stride)
+        self.stride = tuple(stride) if isinstance(stride, Iterable) and not isinstance(stride, str) else stride
         self.residual = residual
         self.kind = check_kind("nonseparable" if separable is None else separable)
         self.factors = factors
@@ -285,7 +285,7 @@ class GroupConv(nn.Module):
             if self.rank:
                 found = found + self._departure(flat)
         if self.bias is not None:
-            found = found + self.bias[:, None]
+            found = found + self.bias.to(found)[:, None]
         return shaped_signal(found, self.out_group, signal)
 
     def _multiply(self, step: str, flat: Tensor, kernel: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ class GroupConv(nn.Module):
     def _gated(self, flat: Tensor, filters: Tensor) -> Tensor:  # filters: (o, 1 + r, i, taps) or (o, r, i, taps)
         """Σ_k gates_k ⊙ (filters_k ⋆ x); the first filter has no gate where there is one more than gates."""
         products = self._multiply("main", flat, filters.flatten(0, 1)).unflatten(1, filters.shape[:2])
-        gates = self.gates
+        gates = self.gates.to(products)  # under autocast they differ
         if filters.shape[1] > self.rank:
             return products[:, :, 0] + (gates * products[:, :, 1:]).sum(2)
         return (gates * products).sum(2)
@@ -326,7 +326,7 @@ class GroupConv(nn.Module):
             empty = values.new_zeros(len(flat), self.out_channels, len(self.stencil.members))
             return empty.index_copy(2, self.get_buffer("_rows"), values)
         mixed = (self.filters.flatten(0, 1) @ flat).unflatten(1, (self.out_channels, self.rank))
-        return (self.gates * mixed.gather(3, reads.expand(*mixed.shape[:2], *reads.shape))).sum(2)
+        return (self.gates.to(mixed) * mixed.gather(3, reads.expand(*mixed.shape[:2], *reads.shape))).sum(2)
 
     # ------------------------------------------------------------------------------------------------- other layers
 

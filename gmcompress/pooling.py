@@ -23,7 +23,7 @@ class _Tiling(nn.Module):
     ) -> None:
         super().__init__()
         self.group = parse(group)
-        self.stride = stride if isinstance(stride, str) else tuple(stride)
+        self.stride = tuple(stride) if isinstance(stride, Iterable) and not isinstance(stride, str) else stride
         self.mode = mode
         self.generators = None if generators is None else tuple(generators)
         self.subgroup, members = embed(self.group, self.stride)

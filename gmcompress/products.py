@@ -17,8 +17,8 @@ from .groups import Group, axes_of, cyclic
 from .groups.group import Indices
 
 MAX_DENSE = 1 << 22  # entries of a dense matrix: 16 MiB in float32
-# time for a multiply-add, relative to one of a large matrix product; measured on two cores by benchmarks/kit.py
-BOX, TAPS, DENSE = 0.6, 1.0, 1.5
+# time for a multiply-add, relative to one tap by tap; measured by benchmarks/group_convolution.py --methods
+BOX, TAPS, DENSE = 0.5, 1.0, 1.0
 MOVED = 8.0  # for a number that is gathered and added
 METHODS = ("circular", "taps", "dense")
 
@@ -158,11 +158,11 @@ def depthwise(
 
 
 def _by_matrix(signal: Tensor, kernel: Tensor, labels: Tensor) -> Tensor:
-    (o, i, _), (m, n) = kernel.shape, labels.shape
-    padded = F.pad(kernel, (0, 1))  # the last entry is for what is not read
-    weight = padded.index_select(2, labels.flatten()).reshape(o, i, m, n)
-    matrix = weight.transpose(1, 2).reshape(o * m, i * n)
-    return F.linear(signal.flatten(1), matrix).reshape(len(signal), o, m)
+    """Output channels last, so that whole rows of the kernel are put in their places."""
+    (m, n), (o, i, _) = labels.shape, kernel.shape
+    padded = F.pad(kernel.permute(1, 2, 0), (0, 0, 0, 1))  # (i, t + 1, o): the last row is for what is not read
+    matrix = padded.index_select(1, labels.T.flatten()).reshape(i * n, m * o)
+    return (signal.flatten(1) @ matrix).unflatten(1, (m, o)).transpose(1, 2)
 
 
 def _by_circle(signal: Tensor, kernel: Tensor, at: Tensor, box: Box, *, groups: int = 1) -> Tensor:

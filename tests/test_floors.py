@@ -12,11 +12,11 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes"),
-    ("factors", "layers", "selection", "calibration", "rules"),
-    ("fitting", "attaching"),
-    ("projection",),
-    ("planning", "candidates", "metrics", "tuning", "data", "pages"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "products"),
+    ("factors", "layers", "selection", "calibration", "rules", "separation"),
+    ("fitting", "attaching", "groupconv"),
+    ("projection", "pooling"),
+    ("planning", "candidates", "metrics", "tuning", "data", "pages", "networks", "commutator"),
     ("reporting", "reconstruction", "blocks"),
     ("allocation",),
     ("jobs",),
@@ -27,7 +27,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg")}
+ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "separation")}
 PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
 
 
