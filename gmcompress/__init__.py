@@ -7,19 +7,24 @@
 
 from . import groups
 from .attaching import densify
+from .commutator import equivariance_error
 from .doctor import Examination
 from .doctor import examine as doctor
 from .errors import GMError
 from .exporting import Export, export
+from .groupconv import GroupConv
 from .groups import Group, GSet, group
 from .kinds import register
 from .layers import GMConv2d, GMLinear, GMWeight
 from .metrics import Metrics, measure
+from .networks import GMCNN
 from .pipeline import compress, equivariance, sweep, tune
 from .pipeline import make_plan as plan
 from .planning import Plan
+from .pooling import GroupPool, GroupUnpool
 from .projection import Fit, project
 from .reporting import Report, Result
+from .separation import separate
 from .storage import load, save
 from .structure import (
     Structure,
@@ -35,6 +40,7 @@ from .structure import (
 from .surgery import Site, replace, trace
 
 __all__ = [
+    "GMCNN",
     "Examination",
     "Export",
     "Fit",
@@ -44,6 +50,9 @@ __all__ = [
     "GMWeight",
     "GSet",
     "Group",
+    "GroupConv",
+    "GroupPool",
+    "GroupUnpool",
     "Metrics",
     "Plan",
     "Report",
@@ -58,6 +67,7 @@ __all__ = [
     "distance",
     "doctor",
     "equivariance",
+    "equivariance_error",
     "expand",
     "export",
     "generator_displacement",
@@ -72,6 +82,7 @@ __all__ = [
     "register",
     "replace",
     "save",
+    "separate",
     "sweep",
     "trace",
     "tune",

@@ -17,7 +17,7 @@ HEADS = ("mean", "max", "flatten", "signal")
 
 
 class GMCNN(nn.Module):
-    """A classifier or regressor of signals on a group: layers of GroupConv, BatchNorm, activation and pooling, and a head.
+    """A classifier or regressor of signals on a group: layers of GroupConv, BatchNorm, activation, pooling; a head.
 
     There is a layer for each of `channels`. `radius`, `rank` and `strides` are one value for all layers or one for each
     (None: all of the group, no stride); a stride is a subgroup of the group that the layer before it left, taken by the
