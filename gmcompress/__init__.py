@@ -14,7 +14,9 @@ from .errors import GMError
 from .exporting import Export, export
 from .groupconv import GroupConv
 from .groups import Group, GSet, group
+from .homogeneous import HomogeneousConv
 from .kinds import register
+from .lattice import LatticeConv
 from .layers import GMConv2d, GMLinear, GMWeight
 from .metrics import Metrics, measure
 from .networks import GMCNN
@@ -53,6 +55,8 @@ __all__ = [
     "GroupConv",
     "GroupPool",
     "GroupUnpool",
+    "HomogeneousConv",
+    "LatticeConv",
     "Metrics",
     "Plan",
     "Report",

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .errors import GMError, shown
-from .groups import Group, axes_of, ball, embed, factor_generators, word_lengths
+from .groups import Group, as_given, axes_of, ball, embed, factor_generators, word_lengths
 from .groups import group as parse
 from .groups.group import Indices
 from .products import Stencil, depthwise, multiply
@@ -108,7 +108,7 @@ class GroupConv(nn.Module):
         self.out_channels = _natural("out_channels", out_channels, 1)
         self.radius, self.rank, self.terms = radius, _natural("rank", rank, 0), _natural("terms", terms, 1)
         self.generators = None if generators is None else tuple(generators)
-        self.stride = tuple(stride) if isinstance(stride, Iterable) and not isinstance(stride, str) else stride
+        self.stride = None if stride is None else as_given(stride)
         self.residual = residual
         self.kind = check_kind("nonseparable" if separable is None else separable)
         self.factors = factors

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import GMError, shown
 from .groupconv import flat_signal, shaped_signal
-from .groups import Group, embed, transversal
+from .groups import Group, as_given, embed, transversal
 from .groups import group as parse
 
 
@@ -23,7 +23,7 @@ class _Tiling(nn.Module):
     ) -> None:
         super().__init__()
         self.group = parse(group)
-        self.stride = tuple(stride) if isinstance(stride, Iterable) and not isinstance(stride, str) else stride
+        self.stride = as_given(stride)
         self.mode = mode
         self.generators = None if generators is None else tuple(generators)
         self.subgroup, members = embed(self.group, self.stride)

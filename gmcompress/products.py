@@ -129,7 +129,7 @@ def multiply(
     tensor([[[2., 3., 1.]]])
     """
     if method == "dense":
-        return _by_matrix(signal, kernel, table)
+        return multiply_labelled(signal, kernel, table)
     if method == "taps":
         return _by_taps(signal, kernel, table)
     return _by_circle(signal, kernel, table, stencil._box())
@@ -157,8 +157,17 @@ def depthwise(
     return found
 
 
-def _by_matrix(signal: Tensor, kernel: Tensor, labels: Tensor) -> Tensor:
-    """Output channels last, so that whole rows of the kernel are put in their places."""
+def multiply_labelled(
+    signal: Tensor,  # (batch, i, n)
+    kernel: Tensor,  # (o, i, t)
+    labels: Tensor,  # (m, n), 0 ... t; t where an output does not read an input
+) -> Tensor:  # (batch, o, m)
+    """y[b, o, h] = Σ_c Σ_x kernel[o, c, labels[h, x]] signal[b, c, x], by the dense matrix of all that.
+
+    >>> multiply_labelled(torch.tensor([[[1.0, 2]]]), torch.tensor([[[1.0, 10]]]), torch.tensor([[0, 1], [1, 2]]))
+    tensor([[[21., 10.]]])
+    """
+    # output channels last, so that whole rows of the kernel are put in their places
     (m, n), (o, i, _) = labels.shape, kernel.shape
     padded = F.pad(kernel.permute(1, 2, 0), (0, 0, 0, 1))  # (i, t + 1, o): the last row is for what is not read
     matrix = padded.index_select(1, labels.T.flatten()).reshape(i * n, m * o)

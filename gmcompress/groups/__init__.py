@@ -1,6 +1,6 @@
 """Finite groups and the sets they act on; integer arrays only, no torch."""
 
-from .embedding import axes_of, embed, factor_generators, transversal
+from .embedding import as_given, axes_of, embed, factor_generators, transversal
 from .families import alternating, cyclic, dihedral, direct, quaternion, semidirect, symmetric
 from .group import Group, cycle_notation, from_permutations, from_table
 from .gsets import GSet, cosets, fixed, grid, gset, regular
@@ -23,6 +23,7 @@ __all__ = [
     "GSet",
     "Group",
     "alternating",
+    "as_given",
     "axes_of",
     "ball",
     "cosets",

@@ -56,14 +56,23 @@ def embed(group: Group | str, stride: str | Iterable[int]) -> tuple[Group, Indic
     >>> embed("D4", [2])[0].order
     4
     """
-    whole = parse(group)
-    if isinstance(stride, str):
-        members = _named(whole, stride)
-    elif isinstance(stride, Iterable):
-        members = subgroup(whole, stride)
-    else:
-        raise GMError(f'a subgroup is a string such as "C4xC4" or the elements that generate it, not {shown(stride)}')
+    whole, given = parse(group), as_given(stride)
+    members = _named(whole, given) if isinstance(given, str) else subgroup(whole, given)
     return _as_group(whole, members), members
+
+
+def as_given(stride: str | Iterable[int]) -> str | tuple[int, ...]:
+    """A subgroup as it was given to `embed`, elements as a tuple, so that it can be kept and printed.
+
+    Raises:
+        GMError: it is neither a string nor elements.
+
+    >>> as_given("C4"), as_given([2, 4])
+    ('C4', (2, 4))
+    """
+    if not isinstance(stride, Iterable):
+        raise GMError(f'a subgroup is a string such as "C4xC4" or the elements that generate it, not {shown(stride)}')
+    return stride if isinstance(stride, str) else tuple(stride)
 
 
 def _as_group(group: Group, members: Indices) -> Group:
