@@ -323,7 +323,7 @@ class GroupConv(nn.Module):
         reads = self.get_buffer("_reads")
         if self.residual == "row":
             values = torch.einsum("bitk,okit->bok", flat[:, :, reads], self.filters)
-            empty = values.new_zeros(len(flat), self.out_channels, len(self.stencil.members))
+            empty = values.new_zeros(flat.shape[0], self.out_channels, len(self.stencil.members))
             return empty.index_copy(2, self.get_buffer("_rows"), values)
         mixed = (self.filters.flatten(0, 1) @ flat).unflatten(1, (self.out_channels, self.rank))
         return (self.gates.to(mixed) * mixed.gather(3, reads.expand(*mixed.shape[:2], *reads.shape))).sum(2)

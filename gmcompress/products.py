@@ -181,7 +181,7 @@ def _by_circle(signal: Tensor, kernel: Tensor, at: Tensor, box: Box, *, groups: 
         filled = kernel.new_zeros(o, i, prod(box.size)).index_copy(2, at, kernel)
     elif t > 1:
         filled = torch.empty_like(kernel).index_copy(2, at, kernel)
-    shaped = signal.reshape(len(signal), -1, *box.axes)
+    shaped = signal.reshape(signal.shape[0], -1, *box.axes)
     if any(box.padding):
         shaped = F.pad(shaped, box.padding, mode="circular")
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(box.axes) - 1]
@@ -222,10 +222,23 @@ def _correlated(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (m
     return torch.stack([x.index_select(0, each).view(-1, i).T @ flat for each in reads])
 
 
+def _one_by_one(product: Any, count: int, in_dims: Any, inputs: Any) -> Any:
+    """A product under torch.vmap, which cannot write into a tensor that it did not batch."""
+    pairs = list(zip(inputs, in_dims, strict=True))
+    found = [
+        product.apply(*(each if axis is None else each.select(axis, at) for each, axis in pairs)) for at in range(count)
+    ]
+    return torch.stack(found), 0
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:
         return _gathered(x, k, reads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _one_by_one(_Gather, info.batch_size, in_dims, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
@@ -245,6 +258,10 @@ class _Scatter(torch.autograd.Function):
         return _scattered(g, k, reads, n)
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _one_by_one(_Scatter, info.batch_size, in_dims, inputs)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
         ctx.save_for_backward(*inputs[:3])
 
@@ -258,6 +275,10 @@ class _Correlate(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:
         return _correlated(x, g, reads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _one_by_one(_Correlate, info.batch_size, in_dims, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004

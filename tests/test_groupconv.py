@@ -287,6 +287,18 @@ def test_taps_are_differentiable_twice(generator: Generator) -> None:
     assert torch.autograd.gradgradcheck(function, (signal, layer.kernel))
 
 
+@pytest.mark.parametrize(("name", "options"), [("D32", {"radius": 1}), ("C8xC8", {"rank": 1, "stride": "C4xC4"})])
+def test_exports_and_vmaps(name: str, options: dict[str, Any], generator: Generator) -> None:
+    layer = filled(GroupConv(name, 2, 3, **{"radius": 1} | options), generator).eval()
+    signal = signal_on(layer, generator, batch=4)
+    with torch.no_grad():
+        program = torch.export.export(layer, (signal,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        assert_close(program.module()(signal[:3]), layer(signal[:3]))
+        assert_close(torch.vmap(lambda x: layer(x[None])[0])(signal), layer(signal))
+    slope = torch.func.jacrev(lambda x: layer(x[None])[0])(signal[0])
+    assert_close(slope.flatten(0, 1).flatten(1), layer.weight)
+
+
 def test_the_cost_formula_chooses() -> None:
     assert GroupConv("C32xC32", 120, 120, radius=3).methods == {"main": "circular"}
     assert GroupConv("D4", 4, 4).methods == {"main": "dense"}
