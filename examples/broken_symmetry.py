@@ -1,7 +1,7 @@
 """A symmetry that holds only in part: what a GroupConv of displacement rank 4 finds of it, against what was put in.
 
-The target is a circular convolution plus s convolutions gated by position, so its displacement rank is s. The layer learns
-it from noisy pairs of signals; the weight that it ends with tells rank and distance of the target's.
+The target is a circular convolution plus s convolutions gated by position, so its displacement rank is s. The layer
+learns it from noisy pairs of signals; the weight that it ends with tells rank and distance of the target's.
 
 python examples/broken_symmetry.py --picture broken_symmetry.png
 """
@@ -24,7 +24,7 @@ def target(rank: int, strength: float) -> gm.GroupConv:
 
 
 def learn(truth: gm.GroupConv, *, steps: int, noise: float) -> gm.GroupConv:
-    """A layer of rank 4, fitted to signals and their noisy images, with some weight decay on what breaks the symmetry."""
+    """A layer of rank 4, fitted to signals and their noisy images, with weight decay on what breaks the symmetry."""
     layer = gm.GroupConv(f"C{ORDER}", 1, 1, radius=3, rank=RANK, bias=False)
     broken = {"params": [layer.gates, layer.filters], "weight_decay": 0.03}
     optimiser = torch.optim.AdamW([{"params": [layer.kernel], "weight_decay": 0}, broken], lr=0.03)

@@ -219,7 +219,10 @@ def _scattered(g: Tensor, k: Tensor, reads: Tensor, n: int) -> Tensor:  # (m, b,
 
 def _correlated(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (m, b, o) -> (t, i, o)
     i, flat = x.shape[2], g.reshape(-1, g.shape[2])
-    return torch.stack([x.index_select(0, each).view(-1, i).T @ flat for each in reads])
+    found = x.new_empty(len(reads), i, flat.shape[1])  # made first, so that what is gathered reuses its memory
+    for tap in range(len(reads)):
+        found[tap] = x.index_select(0, reads[tap]).view(-1, i).T @ flat
+    return found
 
 
 def _one_by_one(product: Any, count: int, in_dims: Any, inputs: Any) -> Any:
