@@ -1,4 +1,4 @@
-"""The product of signals and kernels on a group, three ways: circular convolution, tap by tap, one dense matrix."""
+"""Products of signals and kernels on a group: circular convolution, Fourier coefficients, tap by tap, dense matrix."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor
 from .errors import GMError
 from .groups import Group, axes_of, cyclic
 from .groups.group import Indices
+from .spectra import Spectrum, correlate, spectrum, transform_macs
 
 MAX_DENSE = 1 << 22  # entries of a dense matrix: 16 MiB in float32
 # time for a multiply-add, relative to one tap by tap; measured by benchmarks/group_convolution.py --methods
-BOX, TAPS, DENSE = 0.5, 1.0, 1.0
+BOX, TAPS, DENSE, FOURIER = 0.5, 1.0, 1.0, 1.6
 MOVED = 8.0  # for a number that is gathered and added
-METHODS = ("circular", "taps", "dense")
+BATCH = 8  # examples that share the transform of a kernel
+METHODS = ("circular", "fourier", "taps", "dense")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +55,29 @@ class Stencil:
         return number[self.group.table[self.group.inverse[self.members]]]
 
     @cached_property
-    def box(self) -> Box | None:
-        """How a circular convolution does the same, or None: for products of up to three cyclic groups."""
+    def steps(self) -> tuple[int, ...] | None:
+        """Of a product of cyclic groups, where the members are every s-th place of each axis, these s; else None."""
         axes = axes_of(self.group)
-        factors = self.group.factors or (self.group,)
-        if len(axes) > 3 or not all(each == cyclic(each.order) for each in factors):
+        if not all(each == cyclic(each.order) for each in self.group.factors or (self.group,)):
             return None
         kept = [len(np.unique(each)) for each in np.unravel_index(self.members, axes)]
         if prod(kept) != len(self.members):
+            return None
+        return tuple(whole // part for whole, part in zip(axes, kept, strict=True))
+
+    @cached_property
+    def spectrum(self) -> Spectrum | None:
+        """The Fourier transforms of a product of cyclic groups, or None."""
+        if self.steps is None:
+            return None
+        axes = axes_of(self.group)
+        return spectrum(axes, self.steps, np.stack(np.unravel_index(self.taps, axes), 1))
+
+    @cached_property
+    def box(self) -> Box | None:
+        """How a circular convolution does the same, or None: for products of up to three cyclic groups."""
+        axes = axes_of(self.group)
+        if len(axes) > 3 or self.steps is None:
             return None
         places = np.stack(np.unravel_index(self.taps, axes), 1)  # (t, axes)
         signed = np.where(2 * places > np.array(axes), places - np.array(axes), places)
@@ -68,20 +85,26 @@ class Stencil:
         size = tuple(int(each) for each in high - low + 1)
         at = np.ravel_multi_index(tuple((signed - low).T), size)
         padding = tuple(int(each) for pair in zip(-low[::-1], high[::-1], strict=True) for each in pair)
-        stride = tuple(whole // part for whole, part in zip(axes, kept, strict=True))
-        return Box(axes, size, at, padding, stride)
+        return Box(axes, size, at, padding, self.steps)
 
     def costs(self, out_channels: int, in_channels: int) -> dict[str, float]:
         """Time for one example, in multiply-adds of a large matrix product; only the methods that can be used.
 
         With m outputs, n inputs, t taps and a box of b taps around them: circular ∝ m·o·i·b, taps ∝ m·o·i·t and the
-        traffic m·i·t, dense ∝ m·n·o·i, as long as that matrix has at most 2²² entries.
+        traffic m·i·t, dense ∝ m·n·o·i, as long as that matrix has at most 2²² entries, and fourier ∝ 2n·o·i, the
+        transforms of signals, and those of the kernel shared by a batch of 8.
         """
         m, n, t = len(self.members), self.group.order, len(self.taps)
         pairs = out_channels * in_channels
         found = {"taps": m * t * (TAPS * pairs + MOVED * in_channels)}
         if self.box is not None:
             found["circular"] = BOX * m * pairs * prod(self.box.size)
+        if self.steps is not None:
+            axes = axes_of(self.group)
+            half = n // axes[-1] * (axes[-1] // 2 + 1)  # coefficients
+            each = transform_macs(axes)
+            moved = (in_channels + out_channels) * each + min(each, 2 * half * t) * pairs / BATCH
+            found["fourier"] = FOURIER * (4 * half * pairs + moved + MOVED * half * (in_channels + out_channels))
         if m * n * pairs <= MAX_DENSE:
             found["dense"] = DENSE * m * n * pairs
         return found
@@ -93,8 +116,11 @@ class Stencil:
 
     def table(self, method: str) -> Indices:
         """The index array that `multiply` needs for a method."""
-        if method not in METHODS or (method == "circular" and self.box is None):
+        possible = {"circular": self.box is not None, "fourier": self.steps is not None}
+        if method not in METHODS or not possible.get(method, True):
             raise GMError(f"{method!r} is no way to multiply on {self.group}; {', '.join(self.costs(1, 1))} are")
+        if method == "fourier":
+            return self.taps
         return {"taps": lambda: self.reads, "dense": lambda: self.labels}.get(method, lambda: self._box().at)()
 
     def _box(self) -> Box:
@@ -130,6 +156,9 @@ def multiply(
     """
     if method == "dense":
         return multiply_labelled(signal, kernel, table)
+    if method == "fourier":
+        assert stencil.spectrum is not None
+        return correlate(signal, kernel, stencil.spectrum, table)
     if method == "taps":
         return _by_taps(signal, kernel, table)
     return _by_circle(signal, kernel, table, stencil._box())

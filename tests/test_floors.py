@@ -11,7 +11,7 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds"),
+    ("groups", "files", "tables", "linalg", "kinds", "spectra"),
     ("structure", "surgery", "checkpoints", "budgets", "notes", "products"),
     ("factors", "layers", "selection", "calibration", "rules", "separation"),
     ("fitting", "attaching", "groupconv", "lattice"),
