@@ -103,7 +103,9 @@ class Stencil:
             axes = axes_of(self.group)
             half = n // axes[-1] * (axes[-1] // 2 + 1)  # coefficients
             each = transform_macs(axes)
-            moved = (in_channels + out_channels) * each + min(each, 2 * half * t) * pairs / BATCH
+            moved = (in_channels + out_channels) * each + min(
+                each, half * (t + 1)
+            ) * pairs / BATCH  # half of a ball are inverses
             found["fourier"] = FOURIER * (4 * half * pairs + moved + MOVED * half * (in_channels + out_channels))
         if m * n * pairs <= MAX_DENSE:
             found["dense"] = DENSE * m * n * pairs

@@ -33,7 +33,9 @@ class Spectrum:
     axes: tuple[int, ...]
     forward: tuple[Matrix, ...]  # (2k, 2k) from (place, part) to (part, frequency), and last (2H, k)
     inverse: tuple[Matrix, ...]  # (2k/s, 2k), and last (k/s, 2H)
-    taps: Matrix | None  # (f, 2, t), cosine and sine at every tap; None where transforming the whole kernel is cheaper
+    # a pair of taps u, −u has one cosine and, up to sign, one sine: e pairs and single taps
+    waves: Matrix | None  # (2, f, e), cosine and sine; None where transforming the whole kernel is cheaper
+    fold: Matrix  # (2, e, t), the sums and the differences over pairs
 
     @property
     def frequencies(self) -> int:
@@ -76,13 +78,26 @@ def spectrum(
     forward.append(np.concatenate([np.cos(angle), -np.sin(angle)]))
     twice = np.where((2 * np.arange(half)) % order == 0, 1.0, 2.0)  # a frequency and its negative, where they differ
     inverse.append((forward[-1] * np.tile(twice, 2)[:, None]).T[:: stride[-1]] / order)
-    taps = None
-    if 2 * prod(axes[:-1]) * half * len(places) <= transform_macs(axes):
+    first, fold = _fold(axes, places)
+    waves = None
+    if 2 * prod(axes[:-1]) * half * len(first) <= transform_macs(axes):
         grid = np.meshgrid(*map(np.arange, axes[:-1]), np.arange(half), indexing="ij")
         turns = np.stack([each.ravel() for each in grid], 1) / np.array(axes)  # (f, d)
-        angle = 2 * np.pi * turns @ places.T
-        taps = np.stack([np.cos(angle), np.sin(angle)], 1)
-    return Spectrum(axes, tuple(forward), tuple(inverse), taps)
+        angle = 2 * np.pi * turns @ first.T
+        waves = np.stack([np.cos(angle), np.sin(angle)])
+    return Spectrum(axes, tuple(forward), tuple(inverse), waves, fold)
+
+
+def _fold(axes: tuple[int, ...], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], Matrix]:
+    """The first place of each pair u, −u, and which taps it adds up: with equal signs, and −u with the other one."""
+    numbers = np.ravel_multi_index(tuple(places.T), axes)
+    opposite = np.ravel_multi_index(tuple((-places % np.array(axes)).T), axes)
+    _, first, pair = np.unique(np.minimum(numbers, opposite), return_index=True, return_inverse=True)
+    fold = np.zeros((2, len(first), len(places)))
+    fold[:, pair, np.arange(len(places))] = np.stack(
+        [np.ones(len(places)), np.where(numbers == numbers[first][pair], 1, -1)]
+    )
+    return places[first], fold
 
 
 def correlate(
@@ -100,35 +115,38 @@ def correlate(
     batch, (o, i, t) = signal.shape[0], kernel.shape
     f = found.frequencies
     coefficients = _transform(signal.permute(2, 0, 1).flatten(1), found)  # (2, f, batch·i)
-    coefficients = coefficients.transpose(0, 1).reshape(f, 1, 2 * batch, i)
+    coefficients = coefficients.transpose(0, 1).reshape(f, 2 * batch, i)
     columns = kernel.permute(2, 1, 0).reshape(t, i * o)
-    if found.taps is None:
+    if found.waves is None:
         filled = columns.new_zeros(prod(found.axes), i * o).index_copy(0, places, columns)
-        given = _transform(filled, found).transpose(0, 1)  # (f, 2, i·o), the sine with the other sign
-        pieces = [_product(coefficients, (given * given.new_tensor([[1.0], [-1.0]])).unflatten(2, (i, o)))]
+        real, imaginary = _transform(filled, found)
+        pieces = [_product(coefficients, torch.stack([real, -imaginary]).unflatten(2, (i, o)))]
     else:
-        waves = torch.as_tensor(found.taps, dtype=signal.dtype, device=signal.device)
+        waves = torch.as_tensor(found.waves, dtype=signal.dtype, device=signal.device)
+        folded = (torch.as_tensor(found.fold, dtype=kernel.dtype, device=kernel.device) @ columns).to(columns)
         step = max(1, CHUNK // (2 * i * o))
-        pieces = []
-        for start in range(0, f, step):
-            some = (coefficients[start : start + step], waves[start : start + step], columns, o)
-            if torch.is_grad_enabled() and 2 * f * i * o > KEPT:
-                pieces.append(checkpoint(_filtered, *some, use_reentrant=False, preserve_rng_state=False))
-            else:
-                pieces.append(_filtered(*some))
+        again = torch.is_grad_enabled() and 2 * f * i * o > KEPT
+        pieces = [
+            checkpoint(_filtered, *some, folded, o, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else _filtered(*some, folded, o)
+            for some in zip(coefficients.split(step), waves.split(step, 1), strict=True)
+        ]
+    del coefficients
     spread = torch.cat(pieces, 1).flatten(2)  # (2, f, batch·o)
+    del pieces
     return _restore(spread, found).unflatten(1, (batch, o)).permute(1, 2, 0)
 
 
-def _filtered(coefficients: Tensor, waves: Tensor, columns: Tensor, o: int) -> Tensor:
-    """The product of a part of the coefficients with those of the kernel."""
-    return _product(coefficients, (waves.flatten(0, 1) @ columns).unflatten(0, (-1, 2)).unflatten(2, (-1, o)))
+def _filtered(coefficients: Tensor, waves: Tensor, folded: Tensor, o: int) -> Tensor:
+    """The product of some of the coefficients with those of the kernel."""
+    return _product(coefficients, (waves @ folded).unflatten(2, (-1, o)))
 
 
-def _product(x: Tensor, k: Tensor) -> Tensor:  # (f, 1, 2·batch, i), (f, 2, i, o) -> (2, f, batch, o)
+def _product(x: Tensor, k: Tensor) -> Tensor:  # (f, 2·batch, i), (2, f, i, o) -> (2, f, batch, o)
     """(cos + i·sin)(a + ib) = (cos·a − sin·b) + i(cos·b + sin·a)."""
-    both = (x @ k).unflatten(2, (2, -1))  # (f, cos or sin, a or b, batch, o)
-    return torch.stack([both[:, 0, 0] - both[:, 1, 1], both[:, 0, 1] + both[:, 1, 0]])
+    cos, sin = ((x @ each).unflatten(1, (2, -1)) for each in k)  # (f, a or b, batch, o)
+    return torch.stack([cos[:, 0] - sin[:, 1], cos[:, 1] + sin[:, 0]])
 
 
 def _transform(values: Tensor, found: Spectrum) -> Tensor:  # (n, w) -> (2, f, w)

@@ -11,7 +11,7 @@ from market import GROUPS, slow_act, slow_subgroups
 from torch import Generator, Tensor
 from torch.autograd import gradcheck
 
-from gmcompress import GMLinear, displacement_rank, distance
+from gmcompress import GMLinear, displacement_rank, distance, spectra
 from gmcompress.errors import GMError
 from gmcompress.groupconv import RESIDUALS, GroupConv
 from gmcompress.groups import axes_of, ball, factor_generators, group, is_normal
@@ -275,9 +275,17 @@ def test_autocast_and_second_derivatives_in_every_method(name: str, radius: int 
     assert layer.kernel.grad is not None
 
 
-def test_taps_are_differentiable_twice(generator: Generator) -> None:
-    layer = filled(GroupConv("S3", 1, 2, radius=1, stride=[2], bias=False), generator)
-    layer.methods, layer._buffers["_main"] = {"main": "taps"}, torch.tensor(layer.stencil.table("taps"))
+@pytest.mark.parametrize(
+    ("name", "stride", "method"),
+    [("S3", [2], "taps"), ("C6", "C3", "fourier"), ("C3xC2", "C1xC2", "fourier"), ("C6", "C2", "circular")],
+)
+@pytest.mark.parametrize("kept", [0, spectra.KEPT])
+def test_differentiable_twice(
+    name: str, stride: Any, method: str, kept: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spectra, "KEPT", kept)  # whether the transform of the kernel is made again
+    layer = filled(GroupConv(name, 1, 2, radius=1, stride=stride, bias=False), generator)
+    layer.methods, layer._buffers["_main"] = {"main": method}, torch.tensor(layer.stencil.table(method))
     signal = signal_on(layer, generator, batch=1).requires_grad_()
 
     def function(x: Tensor, kernel: Tensor) -> Tensor:
@@ -300,7 +308,8 @@ def test_exports_and_vmaps(name: str, options: dict[str, Any], generator: Genera
 
 
 def test_the_cost_formula_chooses() -> None:
-    assert GroupConv("C32xC32", 120, 120, radius=3).methods == {"main": "circular"}
+    assert GroupConv("C32xC32", 120, 120, radius=3).methods == {"main": "fourier"}
+    assert GroupConv("C32xC32", 3, 16, radius=2).methods == {"main": "circular"}
     assert GroupConv("D4", 4, 4).methods == {"main": "dense"}
     assert GroupConv("D1024", 16, 16, radius=1).methods == {"main": "taps"}
 

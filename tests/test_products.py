@@ -70,6 +70,7 @@ def test_costs() -> None:
     assert ring.method(4, 2) == min(costs, key=lambda each: costs[each])
     assert "dense" not in ring.costs(64, 64)
     assert ring.costs(8, 2)["circular"] == 2 * costs["circular"]
+    assert Stencil(group("C32xC32"), np.arange(1024), np.arange(1024)).method(16, 16) == "fourier"
     assert set(Stencil(group("D4"), np.arange(8), np.array([0])).costs(1, 1)) == {"dense", "taps"}
     with pytest.raises(GMError, match="no way to multiply"):
         Stencil(group("D4"), np.arange(8), np.array([0])).table("circular")
