@@ -15,8 +15,8 @@ from .errors import GMError, shown
 from .groups import Group, as_given, axes_of, ball, embed, factor_generators, word_lengths
 from .groups import group as parse
 from .groups.group import Indices
-from .products import Stencil, depthwise, multiply
 from .separation import Factors, check_kind, combine, grid_of, separate, shapes
+from .stencils import Stencil, depthwise, multiply
 
 RESIDUALS = ("displacement", "row", "diagonal")
 

@@ -13,7 +13,7 @@ from .errors import GMError, shown
 from .groups import Group, as_given, cosets, embed, factor_generators, word_lengths
 from .groups import group as parse
 from .groups.group import Indices
-from .products import multiply_labelled
+from .stencils import multiply_labelled
 from .structure import Structure
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "products"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "stencils"),
     ("factors", "layers", "selection", "calibration", "rules", "separation"),
     ("fitting", "attaching", "groupconv", "lattice"),
     ("projection", "pooling", "homogeneous"),

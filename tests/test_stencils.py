@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from gmcompress.errors import GMError
 from gmcompress.groups import cyclic, group
-from gmcompress.products import METHODS, Stencil, depthwise, multiply
+from gmcompress.stencils import METHODS, Stencil, depthwise, multiply
 
 SMALL = [name for name in GROUPS if group(name).order <= 8]
 
