@@ -12,12 +12,13 @@ from .doctor import Examination
 from .doctor import examine as doctor
 from .errors import GMError
 from .exporting import Export, export
+from .freezing import freeze, verdicts
 from .groupconv import GroupConv
 from .groups import Group, GSet, group
 from .homogeneous import HomogeneousConv
 from .kinds import register
 from .lattice import LatticeConv
-from .layers import GMConv2d, GMLinear, GMWeight
+from .layers import GMConv2d, GMLinear, GMWeight, Verdict
 from .metrics import Metrics, measure
 from .networks import GMCNN
 from .pipeline import compress, equivariance, sweep, tune
@@ -27,6 +28,7 @@ from .pooling import GroupPool, GroupUnpool
 from .projection import Fit, project
 from .reporting import Report, Result
 from .separation import separate
+from .shards import Shards, compress_shards, load_shards
 from .storage import load, save
 from .structure import (
     Structure,
@@ -61,9 +63,12 @@ __all__ = [
     "Plan",
     "Report",
     "Result",
+    "Shards",
     "Site",
     "Structure",
+    "Verdict",
     "compress",
+    "compress_shards",
     "densify",
     "diagonals",
     "displacement",
@@ -74,11 +79,13 @@ __all__ = [
     "equivariance_error",
     "expand",
     "export",
+    "freeze",
     "generator_displacement",
     "generator_displacement_rank",
     "group",
     "groups",
     "load",
+    "load_shards",
     "measure",
     "nearest",
     "plan",
@@ -90,4 +97,5 @@ __all__ = [
     "sweep",
     "trace",
     "tune",
+    "verdicts",
 ]

@@ -9,6 +9,7 @@ one GMWeight for all the modules that hold them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -146,12 +147,14 @@ def is_replaced(model: nn.Module, name: str) -> bool:
         return False
     if module._buffers or module._modules or any(each for name, each in vars(module).items() if name.endswith("hooks")):
         return False
-    extra = [each for name, each in vars(module).items() if name not in _usual_names(type(module))]
+    kind: Any = type(module)
+    extra = [each for name, each in vars(module).items() if name not in _usual_names(kind)]
     if not all(isinstance(each, str | int | float | None) for each in extra):  # the new layer gets these
         return False
     return is_plain(model, name)
 
 
+@cache
 def _usual_names(cls: Any) -> frozenset[str]:
     """The attributes that every instance of Linear or Conv2d has."""
     made = cls(1, 1, device="meta") if cls is nn.Linear else cls(1, 1, 1, device="meta")

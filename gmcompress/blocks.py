@@ -3,7 +3,8 @@
 Layers that were fitted one after another do not know of each other, nor of the shortcut around them. So the parameters
 of a block's structured layers, its biases and its norms follow, all at once and in evaluation mode, what the dense
 block gives on the dense model's data, from the inputs that the compressed model gives it. Blocks run in their order.
-What does not help on held-out examples is taken back.
+Errors are weighted by what they cost at the outputs of the model. What does not help on held-out examples is taken
+back.
 Source: Li et al. 2021, BRECQ (there for quantisation).
 """
 
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .attaching import structured
 from .calibration import count_examples, divergence, first_examples, outputs
 from .notes import Notes
+from .sensitivity import floating, sensitivities
 from .surgery import Inputs, call
 from .tuning.losses import find_blocks
 
@@ -31,6 +33,7 @@ HELD_OUT = 10  # one step in so many judges
 WORK = 5e12  # multiply-adds of the steps of all blocks
 PASSES = 6  # over the data, at most
 FEWEST = 64  # examples, below which nothing is refitted
+SENSED = 256  # examples on which it is measured what errors cost
 MEMORY = 3e9  # bytes of inputs and outputs held at once
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of Adam, one of which a trial of each block chooses
 TRIAL = 12  # steps of the trial at each rate
@@ -41,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Refit:
-    """What refitting one block came to: its relative squared error on held-out batches before and after.
+    """What refitting one block came to: its relative weighted squared error on held-out batches before and after.
 
     `rate` is 0.0, and after is before, where the block was better left as it was.
     """
@@ -95,6 +98,7 @@ def refit_blocks(
     done: list[Refit] = []
     walk = _Walk(dense, small, pieces)
     names = walk.order(find_blocks(small))
+    weights = sensitivities(dense, pieces[: -(-SENSED // SIZE)], names, logits=logits, seed=seed)
     try:
         for name in names:
             if progress is not None:
@@ -105,7 +109,8 @@ def refit_blocks(
                 _put(tensors, kept[1])
                 done.append(Refit(name, **kept[0]))
             elif tensors and (steps := walk.steps(name)):
-                done.append(_refit(name, block, list(tensors.values()), steps, passes=passes, seed=seed))
+                measure = _Measure(steps, weights.get(name))
+                done.append(_refit(name, block, list(tensors.values()), steps, measure, passes=passes, seed=seed))
                 if notes is not None:
                     facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
                     notes.write(kind, name, facts, {key: each.detach() for key, each in tensors.items()})
@@ -136,12 +141,19 @@ def _free(small: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _refit(
-    name: str, block: nn.Module, parameters: Sequence[Tensor], steps: Sequence[_Step], *, passes: int, seed: int
+    name: str,
+    block: nn.Module,
+    parameters: Sequence[Tensor],
+    steps: Sequence[_Step],
+    measure: _Measure,
+    *,
+    passes: int,
+    seed: int,
 ) -> Refit:
     """Adam with a rate from a short trial, falling to zero; undone where held-out steps do not bear it out."""
     held = steps[HELD_OUT // 2 :: HELD_OUT]
     used = [each for index, each in enumerate(steps) if index % HELD_OUT != HELD_OUT // 2]
-    descent = _Descent(block, parameters, used, held, _spread(steps), torch.Generator().manual_seed(seed))
+    descent = _Descent(block, parameters, used, held, measure, torch.Generator().manual_seed(seed))
     before = descent.judge()
     after, rate = before, 0.0
     try:
@@ -166,11 +178,11 @@ class _Descent:
         parameters: Sequence[Tensor],
         used: Sequence[_Step],
         held: Sequence[_Step],
-        spread: Sequence[float],
+        measure: _Measure,
         generator: torch.Generator,
     ) -> None:
         self.block, self.parameters, self.used, self.held = block, list(parameters), used, held
-        self.spread, self.generator = spread, generator
+        self.measure, self.generator = measure, generator
         self.start = [each.detach().clone() for each in parameters]
         self.flags = [each.requires_grad for each in parameters]
         for each in parameters:
@@ -195,7 +207,7 @@ class _Descent:
         for _ in range(count):
             order = order or torch.randperm(len(self.used), generator=self.generator).tolist()
             optimizer.zero_grad()
-            _error(self.block, self.used[order.pop()], self.spread).backward()
+            self.measure(self.block, self.used[order.pop()]).backward()
             optimizer.step()
             cycle.step()
         return self.judge()
@@ -203,7 +215,7 @@ class _Descent:
     @torch.no_grad()
     def judge(self) -> float:
         """The error on the held-out steps."""
-        return float(torch.stack([_error(self.block, each, self.spread) for each in self.held]).mean())
+        return float(torch.stack([self.measure(self.block, each) for each in self.held]).mean())
 
     @torch.no_grad()
     def start_again(self) -> None:
@@ -218,25 +230,26 @@ class _Descent:
             each.grad = None
 
 
-def _spread(steps: Sequence[_Step]) -> list[float]:
-    """For each output the mean square about its mean: what an error is measured against."""
-    found = []
-    for values in zip(*(each.wanted for each in steps), strict=True):
-        mean = torch.stack([each.mean(0) for each in values]).mean(0)
-        found.append(max(float(torch.stack([(each - mean).square().mean() for each in values]).mean()), 1e-20))
-    return found
+class _Measure:
+    """The squared error of a block's outputs, each entry weighted by what it costs, relative to that of their mean."""
 
+    def __init__(self, steps: Sequence[_Step], weights: Sequence[Tensor] | None) -> None:
+        outputs = list(zip(*(each.wanted for each in steps), strict=True))
+        fitting = weights is not None and [w.shape for w in weights] == [values[0].shape[1:] for values in outputs]
+        self.weights: list[Tensor | float] = list(weights) if weights is not None and fitting else [1.0] * len(outputs)
+        self.spread = []
+        for values, weight in zip(outputs, self.weights, strict=True):
+            mean = torch.stack([each.mean(0) for each in values]).mean(0)
+            square = torch.stack([(weight * (each - mean).square()).mean() for each in values]).mean()
+            self.spread.append(max(float(square), 1e-20))
 
-def _error(block: nn.Module, step: _Step, spread: Sequence[float]) -> Tensor:  # ()
-    found = _tensors(block(*_own(step.args), **_own(step.kwargs)))
-    errors = [
-        (ours - wanted).square().mean() / scale for ours, wanted, scale in zip(found, step.wanted, spread, strict=True)
-    ]
-    return torch.stack(errors).mean()
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [each for each in tree_flatten(outputs)[0] if isinstance(each, Tensor) and each.is_floating_point()]
+    def __call__(self, block: nn.Module, step: _Step) -> Tensor:  # ()
+        found = floating(block(*_own(step.args), **_own(step.kwargs)))
+        errors = [
+            (weight * (ours - wanted).square()).mean() / scale
+            for ours, wanted, weight, scale in zip(found, step.wanted, self.weights, self.spread, strict=True)
+        ]
+        return torch.stack(errors).mean()
 
 
 def _own(given: Any) -> Any:
@@ -310,7 +323,7 @@ class _Walk:
             if isinstance(output, Tensor) and len(args) == 1 and args[0] is output and not kwargs:
                 self.next[before] = name
         counts = Counter(name for name, *_ in seen)
-        return [name for name, *_, output in seen if counts[name] == 1 and _tensors(output)]
+        return [name for name, *_, output in seen if counts[name] == 1 and floating(output)]
 
     def steps(self, name: str) -> list[_Step]:
         """What a block of the compressed model is given, and what that of the dense one gives; none if too large."""
@@ -319,13 +332,13 @@ class _Walk:
             for piece in self.pieces:
                 for model, found in zip(self.models, self.given, strict=True):
                     found.append(_given(model, name, piece))
-                one = sum(each.numel() * each.element_size() for each in _tensors([each[0] for each in self.given]))
+                one = sum(each.numel() * each.element_size() for each in floating([each[0] for each in self.given]))
                 if 2 * one * len(self.pieces) > MEMORY:
                     return []
             self.at = name
         dense = self.models[0].get_submodule(name)
         with torch.no_grad():
-            wanted = [_tensors(dense(*_own(args), **_own(kwargs))) for args, kwargs in self.given[0]]
+            wanted = [floating(dense(*_own(args), **_own(kwargs))) for args, kwargs in self.given[0]]
         return [_Step(*given, each) for given, each in zip(self.given[1], wanted, strict=True)]
 
     @torch.no_grad()

@@ -316,10 +316,10 @@ def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
 def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
     """The first tensor of floating point in the model's output, batch by batch; logits for a classifier."""
     with torch.no_grad():
-        return [_first_output(call(model, inputs)) for inputs in batches]
+        return [first_output(call(model, inputs)) for inputs in batches]
 
 
-def _first_output(found: Any) -> Tensor:
+def first_output(found: Any) -> Tensor:
     tensors = [each for each in tree_flatten(found)[0] if isinstance(each, Tensor) and each.is_floating_point()]
     if not tensors:
         raise GMError(f"the model's output, {describe(found)}, holds no tensor of floating point to compare")
@@ -368,7 +368,7 @@ def output_moments(
             stack.callback(model.get_submodule(name).register_forward_hook(_gradient_hook(name, sums)).remove)
         for whole in batches:
             for inputs in split_batch(whole, BACKWARD):
-                score = _score(_first_output(call(model, inputs)), generator, logits=logits)
+                score = likelihood(first_output(call(model, inputs)), generator, logits=logits)
                 if score.requires_grad:
                     score.backward()
     found = {}
@@ -396,7 +396,8 @@ def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
     return hook
 
 
-def _score(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
+def likelihood(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
+    """The log-likelihood of labels drawn from the prediction; for outputs that are no logits a random projection."""
     if not logits:
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         return (output * signs).sum()

@@ -222,30 +222,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not usable(path).is_file():
         raise GMError(f"{path} does not exist")
+    read_header(path)
     try:
-        _check_header(path)
         return load_file(path)
-    except (GMError, OSError, SafetensorError, KeyError, ValueError) as problem:
+    except (OSError, SafetensorError, KeyError, ValueError) as problem:
         raise GMError(f"{path} is no complete safetensors file: {problem}") from None
     except MemoryError:
         raise GMError(f"{path} has {path.stat().st_size:,} bytes, for which there is not enough memory") from None
 
 
-def _check_header(path: Path) -> None:
-    """Refuse sizes that torch cannot hold, and so many names that reading them takes minutes.
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, by name, and where in the file their bytes begin.
 
     Raises:
-        GMError: the file declares such.
+        GMError: the file is missing or is not safetensors; sizes that torch cannot hold, or so many names that reading
+            them takes minutes.
     """
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > MAX_HEADER:
-            raise GMError(f"its header is to have {size:,} bytes; at most {MAX_HEADER:,} are read")
-        header = parse_json(file.read(size).decode("utf-8"))
-    entries = [] if not isinstance(header, dict) else [header[name] for name in header if name != "__metadata__"]
-    shapes = [each.get("shape") for each in entries if isinstance(each, dict)]
+    try:
+        with open(usable(path), "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER:
+                raise GMError(f"its header is to have {size:,} bytes; at most {MAX_HEADER:,} are read")
+            header = parse_json(file.read(size).decode("utf-8"))
+    except FileNotFoundError:
+        raise GMError(f"{path} does not exist") from None
+    except (GMError, OSError, UnicodeDecodeError) as problem:
+        raise GMError(f"{path} is no complete safetensors file: {problem}") from None
+    if not isinstance(header, dict):
+        raise GMError(f"{path} is no complete safetensors file: its header is no object")
+    shapes = [each.get("shape") for each in header.values() if isinstance(each, dict)]
     if any(isinstance(side, int) and side > MAX_SIDE for shape in shapes if isinstance(shape, list) for side in shape):
-        raise GMError(f"a tensor is to have more than {MAX_SIDE:,} numbers along an axis")
+        raise GMError(f"{path} is no safetensors file that can be read: more than {MAX_SIDE:,} numbers along an axis")
+    return header, 8 + size
 
 
 def file_digest(path: Path) -> str:

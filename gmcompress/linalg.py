@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+ALL = 128  # rows below which all eigenvectors are as quick as some
+DOUBLE = (torch.float32, torch.float64)  # what LAPACK computes in
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:  # (*b, n, m) -> (*b, n, r), (*b, r), ...
@@ -19,10 +24,52 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:  
     if n <= 32 or 3 * rank > n:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[..., :rank], s[..., :rank], vh[..., :rank, :]
-    _, vectors = torch.linalg.eigh(matrix @ matrix.mT)
-    basis, _ = torch.linalg.qr(matrix.mT @ vectors[..., -rank:])  # (*b, m, r)
+    basis, _ = torch.linalg.qr(matrix.mT @ leading_vectors(matrix @ matrix.mT, rank))  # (*b, m, r)
     u, s, inner = torch.linalg.svd(matrix @ basis, full_matrices=False)
     return u, s, inner @ basis.mT
+
+
+def leading_vectors(gram: Tensor, rank: int) -> Tensor:  # (*b, n, n) symmetric -> (*b, n, r)
+    """Eigenvectors of the `rank` largest eigenvalues, ascending.
+
+    On the CPU LAPACK is asked for these alone, which takes a fraction of the time of all; torch has no such call.
+    """
+    n = gram.shape[-1]
+    if gram.device.type != "cpu" or gram.dtype not in DOUBLE or n < ALL or 8 * rank > n or gram.requires_grad:
+        return torch.linalg.eigh(gram)[1][..., -rank:]
+    from scipy.linalg import LinAlgError, eigh
+
+    chosen: dict[str, Any] = {"subset_by_index": (n - rank, n - 1), "driver": "evr", "check_finite": False}
+    # symmetric, so that its transpose is itself in the order of LAPACK, which then copies nothing
+    try:
+        found = [eigh(each.numpy().T, lower=True, **chosen)[1] for each in gram.reshape(-1, n, n)]
+    except LinAlgError:  # inverse iteration has no guarantee
+        return torch.linalg.eigh(gram)[1][..., -rank:]
+    vectors = torch.stack([torch.from_numpy(each) for each in found])
+    return vectors.reshape(*gram.shape[:-1], rank)
+
+
+def trailing_energy(gram: Tensor, rank: int) -> float:  # (b, n, n) positive semidefinite
+    """The sum of all eigenvalues but the `rank` largest, over all matrices of the batch.
+
+    Where few are left out, Lanczos iteration finds those, and they are taken from the trace; not where nearly nothing
+    would remain of it.
+    """
+    n = gram.shape[-1]
+    if gram.device.type == "cpu" and n >= ALL and 0 < 16 * rank < n:
+        from scipy.sparse.linalg import ArpackError, eigsh
+
+        start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).numpy()
+        options: dict[str, Any] = {"tol": 1e-6, "v0": start, "return_eigenvectors": False}
+        whole = float(gram.diagonal(dim1=-2, dim2=-1).double().sum())
+        try:
+            lost = whole - sum(float(eigsh(each.numpy(), rank, **options).sum(dtype=float)) for each in gram)
+        except ArpackError:  # no convergence, or a matrix of zeros
+            lost = 0.0
+        if lost > 1e-3 * whole:
+            return lost
+    energies = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
+    return float(energies[:, : max(n - rank, 0)].sum())
 
 
 def ridged(matrices: Tensor, ridge: float) -> Tensor:  # (*b, n, n)

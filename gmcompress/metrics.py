@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .attaching import CHILD, dense_class, structured
 from .errors import GMError
 from .kinds import kind_of
-from .layers import GMLayer, GMWeight
+from .layers import GMConv2d, GMLayer, GMWeight
+from .products import multiply_adds
 from .structure import Structure, displacement_rank, distance, generator_displacement_rank
 from .surgery import Inputs, check_model, describe, find_weight, run, shell
 from .tables import table_text
@@ -178,12 +179,30 @@ def is_counted(layer: nn.Module) -> bool:
 def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) -> int:
     """Multiply-adds of one call of a layer as it is executed, from the shape of its output (and input, if transposed).
 
-    A structured layer runs the dense product with its computed weight, after the products that compute it.
+    A structured layer runs the dense product with its computed weight, after the products that compute it unless it is
+    frozen; or, where it was frozen so, the fast product.
     """
+    if isinstance(layer, GMLayer) and layer.path == "structured":
+        assert given is not None, "a layer that was called has an input"
+        return _fast_macs(layer, given)
+    extra = 0
+    if isinstance(layer, GMLayer) and not layer.is_frozen:
+        extra = expansion_macs(layer.structure, layer.weight_shape)
     if isinstance(layer, GMWeight):  # the product is its module's
-        return expansion_macs(layer.structure, layer.weight_shape)
-    extra = expansion_macs(layer.structure, layer.weight_shape) if isinstance(layer, GMLayer) else 0
+        return extra
     return _positions(layer, output, given) * prod(_weight_shape(layer)) + extra
+
+
+def _fast_macs(layer: GMLayer, given: Tensor) -> int:
+    """Multiply-adds of the fast product on an input."""
+    if not isinstance(layer, GMConv2d):
+        return multiply_adds(layer.structure, layer.weight_shape, (given.numel() // given.shape[-1],))
+    samples = 1 if given.dim() == 3 else len(given)
+    height, width = given.shape[-2:]
+    if layer.window.padding != layer.padding:  # the layer pads it
+        left, right, top, bottom = layer._reversed_padding_repeated_twice
+        height, width = height + top + bottom, width + left + right
+    return multiply_adds(layer.structure, layer.weight_shape, (samples, height, width), layer.window)
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:

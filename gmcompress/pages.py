@@ -60,6 +60,8 @@ COLUMNS = {  # numbers of one layer, and what is written above them
     "distance_tuned": "distance fine-tuned",
     "displacement_rank": "displacement rank",
     "generator_displacement_rank": "generator displacement rank",
+    "dense_ms": "dense product, ms",
+    "structured_ms": "fast product, ms",
 }
 
 

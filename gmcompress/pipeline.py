@@ -23,7 +23,7 @@ from .jobs import Job, private
 from .layers import GMLayer, GMWeight
 from .metrics import measure_together
 from .planning import Override, Plan, Rule, Rules, choose
-from .projection import Fit, relative_error, svd_error
+from .projection import Fit, fitted_distance, relative_error, svd_error
 from .reconstruction import Reconstruction
 from .reporting import Report, Result
 from .structure import distance, expand
@@ -266,7 +266,6 @@ def _row(model: nn.Module, name: str, fit: Fit) -> dict[str, Any]:
     weight = read_weight(model, name)
     assert weight is not None, "the plan was checked to fit the model"
     stored = fit.structure.parameters(weight.shape)
-    with_fit = _distance_of(fit, tuple(weight.shape))
     return {
         "layer": name,
         "structure": str(fit.structure),
@@ -276,19 +275,9 @@ def _row(model: nn.Module, name: str, fit: Fit) -> dict[str, Any]:
         "loss": fit.loss,
         "svd_error": svd_error(weight, stored, conv_groups=conv_groups_of(model, name)),
         "distance_before": fit.distance,
-        "distance_compressed": with_fit,
+        "distance_compressed": fitted_distance(fit, tuple(weight.shape)),
         "distance_tuned": None,
     }
-
-
-def _distance_of(fit: Fit, shape: tuple[int, ...]) -> float | None:
-    """The relative distance of a fitted weight to the group matrices; exactly 0 without a residual."""
-    structure = fit.structure
-    if structure.group is None:
-        return None
-    if not (structure.displacement or structure.lowrank):
-        return 0.0
-    return distance(expand(fit.tensors, structure, shape), structure, relative=True)
 
 
 def check_outputs(expected: Any, found: Any) -> None:

@@ -14,12 +14,13 @@ from .errors import GMError
 from .factors import Metric, start_factors
 from .fitting import refine
 from .groups import Group
-from .linalg import truncated_svd
+from .linalg import trailing_energy, truncated_svd
 from .structure import (
     Structure,
     as_structure,
     check_weight,
     diagonals,
+    distance,
     expand,
     factor_weight,
     orbit_means,
@@ -79,34 +80,54 @@ def project(
     _check_ranks(structure, shape)
     metric = (metric or Metric()).to(exact.dtype)
     metric.check(shape)
-    tensors = _start(exact, structure, metric)
+    tensors, away, lost = _start(exact, structure, metric)
     if structure.grid is not None or metric != Metric():
         dtype = torch.float64 if exact.numel() <= EXACT else torch.float32
         start = {name: each.to(dtype) for name, each in tensors.items()}
         limits: dict[str, Any] = {"iterations": iterations, "effort": effort}
         tensors = refine(exact.to(dtype), structure, start, metric=metric.to(dtype), **limits)
-        tensors = {name: each.double() for name, each in tensors.items()}
-    found = expand(tensors, structure, shape)
+        tensors, lost = {name: each.double() for name, each in tensors.items()}, None
+    norm = float(exact.norm()) or 1.0
+    found = expand(tensors, structure, shape) if lost is None else exact
+    error = relative_error(found, exact) if lost is None else lost / norm
     return Fit(
         structure=structure,
         tensors={name: each.to(weight.dtype).contiguous() for name, each in tensors.items()},
-        relative_error=relative_error(found, exact),
-        distance=None if structure.group is None else _distance(exact, structure),
-        loss=metric.relative_loss(found, exact),
+        relative_error=error,
+        distance=None if away is None else away / norm,
+        loss=error**2 if metric == Metric() else metric.relative_loss(found, exact),
     )
 
 
-def _distance(exact: Tensor, structure: Structure) -> float:
-    plain = structure.with_rank(0, residual="lowrank")
-    kernel = {"kernel": orbit_means(exact, plain)}
-    return relative_error(expand(kernel, plain, exact.shape), exact)
-
-
-def _start(exact: Tensor, structure: Structure, metric: Metric) -> dict[str, Tensor]:
+def _start(exact: Tensor, structure: Structure, metric: Metric) -> tuple[dict[str, Tensor], float | None, float | None]:
+    """The fit in the Frobenius norm; the distance to the group matrices, if any; the error, where it is known."""
     if structure.group is None:
-        return start_factors(exact, structure, metric)
-    tensors = _group_part(exact, structure)
-    return _alternate(exact, structure, tensors) if structure.lowrank else tensors
+        return start_factors(exact, structure, metric), None, None
+    tensors, away, lost = _group_part(exact, structure)
+    return (_alternate(exact, structure, tensors), away, None) if structure.lowrank else (tensors, away, lost)
+
+
+def fitted_distance(fit: Fit, shape: tuple[int, ...]) -> float | None:
+    """The distance of a fitted weight to the group matrices, relative to its own norm; None where there is no group.
+
+    Exactly 0 without a residual. With gates it needs no dense weight: in group-diagonal coordinates the fitted weight
+    is 1 (f + Σ_k mean(a_k) b_k)ᵀ + Σ_k (a_k − mean(a_k)) b_kᵀ, of which the second sum is orthogonal to the first.
+    """
+    structure = fit.structure
+    if structure.group is None:
+        return None
+    if structure.lowrank:
+        return distance(expand(fit.tensors, structure, shape), structure, relative=True)
+    if not structure.displacement:
+        return 0.0
+    gates = fit.tensors["gates"].double()  # (o, r, n)
+    filters = fit.tensors["filters"].double().flatten(2)  # (o, r, columns·taps)
+    means = gates.mean(2, keepdim=True)
+    rows = fit.tensors["kernel"].double().flatten(1) + (means * filters).sum(1)
+    gates = gates - means
+    away = float(((gates @ gates.mT) * (filters @ filters.mT)).sum().clamp_min(0))
+    whole = structure.acting.order * float(rows.square().sum()) + away
+    return (away / whole) ** 0.5 if whole else 0.0
 
 
 def relative_error(approximation: Tensor, weight: Tensor) -> float:
@@ -129,19 +150,27 @@ def _check_ranks(structure: Structure, shape: tuple[int, ...]) -> None:
             )
 
 
-def _group_part(weight: Tensor, structure: Structure) -> dict[str, Tensor]:
-    """Group matrix and displacement residual, the closed form."""
-    kernel = orbit_means(weight, structure)
-    if not structure.displacement:
-        return {"kernel": kernel}
+def _group_part(weight: Tensor, structure: Structure) -> tuple[dict[str, Tensor], float, float]:
+    """Group matrix and displacement residual, the closed form; the distance to the group matrices; the error."""
+    shapes = structure.shapes(weight.shape)
+    if not structure.is_regular:
+        kernel = orbit_means(weight, structure)
+        plain = structure.with_rank(0, residual="lowrank")
+        away = float((weight - expand({"kernel": kernel}, plain, weight.shape)).norm())
+        return {"kernel": kernel}, away, away
     rows = diagonals(weight, structure).flatten(2)  # (o, n, columns·taps)
-    u, s, vh = truncated_svd(rows - rows.mean(1, keepdim=True), structure.displacement)
+    means = rows.mean(1, keepdim=True)
+    rows, kernel = rows - means, means.reshape(shapes["kernel"])
+    away = float(rows.norm())
+    if not structure.displacement:
+        return {"kernel": kernel}, away, away
+    u, s, vh = truncated_svd(rows, structure.displacement)
     # gates of root mean square 1, as the constant gate of the kernel, so that kernel and filters train on one scale
     scale = structure.acting.order**0.5
-    shapes = structure.shapes(weight.shape)
     gates = (u * scale).transpose(1, 2).reshape(shapes["gates"])
     filters = (s[..., None] * vh / scale).reshape(shapes["filters"])
-    return {"kernel": kernel, "gates": gates, "filters": filters}
+    lost = float(rows.baddbmm_(u * s[:, None], vh, alpha=-1).norm())  # a re-indexing of the error
+    return {"kernel": kernel, "gates": gates, "filters": filters}, away, lost
 
 
 def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +181,7 @@ def _alternate(weight: Tensor, structure: Structure, start: dict[str, Tensor]) -
         rest = weight - expand(group, only_group, weight.shape)
         low = start_factors(rest, structure, Metric())
         rest = weight - factor_weight(low, structure, weight.shape)
-        group = _group_part(rest, only_group)
+        group = _group_part(rest, only_group)[0]
         before, error = error, float((rest - expand(group, only_group, weight.shape)).norm())
         if error >= before * (1 - 1e-6):
             break
@@ -176,7 +205,5 @@ def svd_error(weight: Tensor, stored: int, *, conv_groups: int = 1) -> float:
     for view in views:
         rank = stored // (conv_groups * sum(view.shape[1:]))
         short = view if view.shape[1] <= view.shape[2] else view.mT
-        energies = torch.linalg.eigvalsh(short @ short.mT).clamp_min(0)  # ascending
-        lost = energies[:, : max(energies.shape[1] - rank, 0)].sum()
-        errors.append((float(lost) / total) ** 0.5 if total else 0.0)
+        errors.append((trailing_energy(short @ short.mT, rank) / total) ** 0.5 if total else 0.0)
     return min(errors)

@@ -44,6 +44,11 @@ def _decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def _frozen_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """What a frozen layer does, both times, and why."""
+    return row["path"], _decimal(row["dense_ms"]), _decimal(row["structured_ms"]), row["reason"]
+
+
 @dataclass(frozen=True)
 class Report:
     """The facts about one compression, as data; `print` it, or `save` it as .html, .json or .txt.
@@ -52,7 +57,8 @@ class Report:
     the weight, `loss` in the metric of the fit, `svd_error` of plain truncated SVD with at most as many numbers (the
     control), and the relative distance to the group matrices, None where the structure has no group,
     `distance_before`, `distance_compressed` and `distance_tuned`; after `gm.equivariance` also
-    `displacement_rank` and `generator_displacement_rank`.
+    `displacement_rank` and `generator_displacement_rank`; after `gm.freeze` the `path` taken, `dense_ms` and
+    `structured_ms` where they were measured, and the `reason`.
     `blocks` has one row per block whose layers were refitted together: `block`, its relative squared error on held-out
     data `before` and `after`, and the `rate` of Adam, 0 where it was left as it was. `accuracy` maps "dense",
     "compressed" and "tuned" to top-1 accuracies in percent where they were measured; `history` has one row per epoch of
@@ -132,6 +138,11 @@ class Report:
             blocks = [(row["block"], f"{row['before']:.4f}", f"{row['after']:.4f}") for row in self.blocks]
             title = "Blocks refitted together (relative squared error on held-out data)"
             parts.append(table_text(title, ["block", "before#", "after#"], blocks))
+        timed = [row for row in self.layers if "path" in row]
+        if timed:
+            times = [(row["layer"] or "(root)", *_frozen_cells(row)) for row in timed]
+            title = "Frozen layers (milliseconds of the dense and of the fast product on these inputs)"
+            parts.append(table_text(title, ["layer", "path", "dense#", "fast#", "because"], times))
         if self.plan.skipped:
             skipped = [(name or "(root)", reason) for name, reason in self.plan.skipped.items()]
             parts.append(table_text("Left dense", ["layer", "because"], skipped))

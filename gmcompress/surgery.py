@@ -83,8 +83,8 @@ def site_name(path: str, key: str) -> str:
     return path if key == "weight" else f"{path}.{key}" if path else key
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what cannot be analysed as a plain module.
+def check_model(model: nn.Module, *, meta: bool = False) -> None:
+    """Refuse what cannot be analysed as a plain module; `meta` allows weights on meta.
 
     Raises:
         GMError: not a module; wrapped by DDP, FSDP, torch.compile or an EMA; scripted; or its weights are on meta
@@ -106,7 +106,7 @@ def check_model(model: nn.Module) -> None:
             raise GMError(f"{name!r} is not initialised yet; run the model once before")
         if type(parameter.data).__name__ == "DTensor":
             raise GMError(f"{name!r} is sharded (DTensor); gather the model's full parameters first")
-        if parameter.is_meta:
+        if parameter.is_meta and not meta:
             raise GMError(f"{name!r} is on the meta device and holds no values; load the weights first")
 
 

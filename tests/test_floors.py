@@ -12,22 +12,24 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "stencils"),
-    ("factors", "layers", "selection", "calibration", "rules", "separation"),
-    ("fitting", "attaching", "groupconv", "lattice"),
-    ("projection", "pooling", "homogeneous"),
-    ("planning", "candidates", "metrics", "tuning", "data", "pages", "networks", "commutator"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils"),
+    ("factors", "products", "selection", "calibration", "rules", "separation"),
+    ("fitting", "layers", "groupconv", "lattice"),
+    ("projection", "attaching", "pooling", "homogeneous"),
+    ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
     ("reporting", "reconstruction", "blocks"),
-    ("allocation",),
+    ("allocation", "freezing"),
     ("jobs",),
-    ("pipeline", "storage"),
+    ("pipeline", "storage", "shards"),
     ("exporting", "doctor"),
     ("runs",),
     ("cli", "__init__"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "separation")}
+ALGEBRA = {
+    room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation")
+}
 PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
 
 

@@ -16,7 +16,7 @@ from matplotlib._pylab_helpers import Gcf
 from torch import nn
 
 import gmcompress as gm
-from gmcompress.pages import render_html
+from gmcompress.pages import render_html, shown
 from gmcompress.reporting import Report
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -161,7 +161,7 @@ def test_big_numbers_tables_and_settings_are_fields(measured):
     for pair in (["lr", "0.0625"], ["nested", '{"epochs": [3, 5]}'], ["note", "by hand"]):
         assert pair in rows
     for row in measured["history"]:
-        assert [str(row["epoch"]), f"{row['loss']:.3f}"] in [each[:2] for each in rows]
+        assert [str(row["epoch"]), shown(row["loss"])] in [each[:2] for each in rows]
 
 
 def test_every_layer_left_dense_has_its_reason(measured):

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from gmcompress import projection
 from gmcompress.errors import GMError
-from gmcompress.projection import project, svd_error, truncated_svd
+from gmcompress.projection import Fit, fitted_distance, project, svd_error
 from gmcompress.structure import Structure, displacement_rank, distance, expand
 
 SUBJECTS = pytest.mark.parametrize(("text", "shape"), STRUCTURES, ids=[f"{t}-{s}" for t, s in STRUCTURES])
@@ -375,42 +375,14 @@ def test_ranks_too_large_for_a_factor_part_are_refused(text: str, shape: tuple[i
 # ------------------------------------------------------------------------------------------------------------------ SVD
 
 
-def spectrum(values: Tensor, columns: int, generator: Generator) -> Tensor:
-    """A random matrix with these singular values."""
-    u, v = (torch.linalg.qr(randn((each, len(values)), generator))[0] for each in (len(values), columns))
-    return u * values @ v.T
-
-
-@pytest.mark.parametrize("rank", [1, 3, 10, 30])
-@pytest.mark.parametrize("columns", [8, 64, 200])
-@pytest.mark.parametrize(
-    "values",
-    [torch.rand(64), torch.ones(64), torch.logspace(0, -14, 64), torch.tensor([1.0] * 3 + [0.0] * 61), torch.zeros(64)],
-    ids=["random", "flat", "decaying", "rank 3", "zero"],
-)
-def test_truncated_svd_is_that_of_torch(values: Tensor, columns: int, rank: int, generator: Generator) -> None:
-    matrix = (
-        spectrum(values.double(), 64, generator)[:, :columns]
-        if columns < 64
-        else spectrum(values.double(), columns, generator)
-    )
-    rank = min(rank, columns)
-    expected = torch.linalg.svdvals(matrix)
-
-    def assert_truncation(u: Tensor, s: Tensor, vh: Tensor) -> None:
-        assert_close(s, expected[:rank])
-        assert_close(u.T @ u, torch.eye(rank, dtype=torch.float64))
-        assert_close(vh @ vh.T, torch.eye(rank, dtype=torch.float64))
-        assert_close((matrix - u * s @ vh).norm(), expected[rank:].norm())
-
-    u, s, vh = truncated_svd(matrix, rank)
-    assert_truncation(u, s, vh)
-    ut, st, vht = truncated_svd(matrix.T, rank)
-    assert_truncation(vht.T, st, ut.T)
-    batched = truncated_svd(torch.stack([2 * matrix, matrix]), rank)
-    assert_truncation(*(each[1] for each in batched))
-    must_fail(assert_truncation, u, s + 1e-6, vh)
-    must_fail(assert_truncation, u * 1.01, s, vh)
+@pytest.mark.parametrize("text", ["C8", "C8+displacement:2", "C8+lowrank:2", "C8+adapted:2:2x2", "D4[G/<1>,G]"])
+def test_the_distance_of_a_fit_is_that_of_its_weight(text: str, generator: Generator) -> None:
+    fit = project(randn((16, 24), generator), text)
+    if fit.structure.displacement:  # as after training, when gates have a mean
+        fit = Fit(fit.structure, {name: each + 0.3 for name, each in fit.tensors.items()}, 0.0, 0.0, 0.0)
+    weight = expand(fit.tensors, fit.structure, (16, 24))
+    assert_close(fitted_distance(fit, (16, 24)), distance(weight, fit.structure, relative=True))
+    assert fitted_distance(project(weight, "lowrank:1"), (16, 24)) is None
 
 
 def views(part: Tensor) -> list[Tensor]:

@@ -354,18 +354,20 @@ def test_the_plan_is_that_of_compress(settings):
 
 
 @pytest.mark.parametrize("from_folder", [False, True])
-def test_benchmark_times_three_networks_at_two_sizes(settings, tmp_path, from_folder):
+def test_benchmark_times_four_networks_at_two_sizes(settings, tmp_path, from_folder):
     if from_folder:
         compress_run(settings | {"batch_size": 3}, tmp_path / "out")
         settings = {"compressed": str(tmp_path / "out")}
     rows = benchmark_run(settings | {"batch_size": 3}, repeats=2)
-    networks = ["dense", "compressed", "densified"]
+    networks = ["dense", "compressed", "frozen", "densified"]
     assert [(row["batch"], row["network"]) for row in rows] == [(size, name) for size in (1, 3) for name in networks]
-    for dense, small, back in (rows[:3], rows[3:]):
+    for dense, small, frozen, back in (rows[:4], rows[4:]):
+        assert frozen["parameters"] == small["parameters"]
+        assert frozen["macs"] <= small["macs"]
         assert dense["ratio"] == 1.0
         assert small["parameters"] < dense["parameters"] == back["parameters"]
         assert small["ratio"] == pytest.approx(small["latency_ms"] / dense["latency_ms"])
-    assert rows[3]["macs"] == 3 * rows[0]["macs"]
+    assert rows[4]["macs"] == 3 * rows[0]["macs"]
 
 
 def test_facts_about_groups():

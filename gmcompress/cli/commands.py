@@ -40,7 +40,7 @@ from ..runs import (
     validate_run,
 )
 from ..tables import percent
-from . import flags
+from . import flags, sharded
 from .flags import Parser, add_settings, parse
 from .printing import Table, show, watching
 
@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gmcompress: error:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "compress and train go on with --resume FOLDER, sweep --output with the same command"
+        again = (
+            "compress and train go on with --resume FOLDER, sweep --output and --from-safetensors with the same command"
+        )
         print(f"gmcompress: interrupted; {again}", file=sys.stderr)
         return 130
     return COMMANDS[name].status(data)
@@ -197,6 +199,8 @@ def _accuracy(value: float | str | None) -> str:
 
 
 def _compress(given: Given, progress: Progress) -> Answer:
+    if sharded.asked(given):
+        return sharded.compress(given, _settings(given), progress)
     folder, resume = _place(given)
     return _reported(compress_run(_settings(given), folder, resume=resume, progress=progress), folder)
 
@@ -358,8 +362,9 @@ COMMANDS = {
             "--model resnet50 --pretrained --data-dir imagenet/ --plan plans/plan_25%.json --output small",
             "--model resnet18 --checkpoint best.safetensors --group C8xC8 --rank 1",
             "--resume small",
+            "--from-safetensors llama/ --to llama-small --group C32xC32 --rank 1",
         ),
-        (flags.CONFIG, flags.OUTPUT, flags.EXPERIMENT, flags.RESUME),
+        (flags.CONFIG, flags.OUTPUT, flags.EXPERIMENT, flags.RESUME, *sharded.FLAGS),
     ),
     "train": Command(
         _train,
@@ -388,7 +393,7 @@ COMMANDS = {
     ),
     "benchmark": Command(
         _benchmark,
-        "time a network dense, compressed and densified, in turns, at batch 1 and at a large batch",
+        "time a network dense, compressed, frozen and densified, in turns, at batch 1 and at a large batch",
         {
             "network": flags.NETWORK,
             "compression": flags.COMPRESSION | flags.PLAN,

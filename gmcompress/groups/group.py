@@ -49,6 +49,10 @@ class Group:
         return isinstance(other, Group) and np.array_equal(self.table, other.table)
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
         return hash((self.order, self.table[: min(self.order, 64)].tobytes()))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Group:

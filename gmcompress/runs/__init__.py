@@ -7,12 +7,14 @@ from .exporting import export_run
 from .measuring import FAMILIES, benchmark_run, group_facts, plan_run, validate_run
 from .networks import Accuracy, Progress, accuracy, is_main, silent
 from .settings import WAYS, Settings, read_yaml, setting_defaults, setting_kinds, typed
+from .sharding import SHARD_SIZE, shards_run
 from .sweeping import BUDGETS, sweep_run
 from .training import train_run
 
 __all__ = [
     "BUDGETS",
     "FAMILIES",
+    "SHARD_SIZE",
     "WAYS",
     "WEIGHTS_ALONE",
     "Accuracy",
@@ -31,6 +33,7 @@ __all__ = [
     "read_yaml",
     "setting_defaults",
     "setting_kinds",
+    "shards_run",
     "silent",
     "sweep_run",
     "train_run",

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..attaching import densify, empty, exchange
+from ..attaching import densify, empty, exchange, structured
 from ..data import make_loader
 from ..errors import GMError
+from ..freezing import freeze
 from ..groups import Group, normal_subgroups, quotients
 from ..groups import group as parse_group
 from ..metrics import Metrics, measure_together
@@ -89,11 +90,12 @@ def validate_run(settings: Mapping[str, Any], *, progress: Progress = silent) ->
 def benchmark_run(
     settings: Mapping[str, Any], *, repeats: int = 15, progress: Progress = silent
 ) -> list[dict[str, Any]]:
-    """The dense, the compressed and the densified network, timed in turns at batch 1 and at the batch size set.
+    """The dense network, the compressed one as it is, frozen and densified, timed in turns at batch 1 and a larger one.
 
-    One row per batch size and network: `batch`, `network`, and the fields of `Metrics`; `ratio` is latency over that of
-    the dense network, and compares only within one batch size. Images and weights are random, since speed does not
-    depend on them; but a budget is planned with the trained weights.
+    One row per batch size (1, and the one set) and network: `batch`, `network`, and the fields of `Metrics`; `ratio` is
+    latency over that of the dense network, and compares only within one batch size. Images and weights are random,
+    since speed does not depend on them; but a budget is planned with the trained weights. The frozen network is frozen
+    for each batch size.
 
     Raises:
         GMError: the network cannot be built or compressed, or there are fewer than 2 repeats.
@@ -110,11 +112,15 @@ def benchmark_run(
         dense = _build_for_plan(chosen)
         plan, _ = planned(chosen, dense, progress=progress)
         small = exchange(dense, {name: empty(dense, name, text) for name, text in plan.layers.items()})
-    networks = {"dense": dense, "compressed": small, "densified": densify(small)}
+    plain = densify(small)
     rows: list[dict[str, Any]] = []
     for done, batch in enumerate(batch_sizes):
         progress("timing", done, len(batch_sizes), f"batch {batch}")
         inputs = example_inputs(chosen.images, dense, batch_size=batch)
+        networks = {"dense": dense, "compressed": small}
+        if structured(small):
+            networks["frozen"] = freeze(small, inputs=inputs)
+        networks["densified"] = plain
         found = measure_together(list(networks.values()), inputs, repeats=repeats)
         base = _latency(found[0])
         rows += [

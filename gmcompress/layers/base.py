@@ -1,0 +1,215 @@
+"""What all structured weights share: stored tensors, the computed dense weight, and the path a frozen layer takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GMError
+from ..products import Layout, layout_of, prepare, why_slow
+from ..structure import Structure, expand
+
+Path = Literal["dense", "structured"]  # a product with the computed weight, or the fast product of its structure
+READY = "ready_"  # and a name: the buffers that a frozen layer keeps
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which path a frozen layer takes, and why: the median milliseconds of both where they were measured."""
+
+    path: Path
+    dense_ms: float | None = None
+    structured_ms: float | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+class GMLayer(nn.Module):
+    """What all structured weights share: the stored tensors of a structure, and `.weight`, computed from them.
+
+    Parameters: `kernel` (o, i, n, *taps) for o × i blocks of group matrices, with displacement rank r `gates` (o, r, n)
+    and `filters` (o, r, i, n, *taps); for a factor part of rank s `left` (rows, s) and `right` (s, columns, *taps), or
+    (rows, ky, s) and (s, columns, kx) where split, and with adapted bases `scales` (P, Q, s); `bias` (rows).
+    `.weight` is differentiable and has the shape, dtype and device of the dense layer's (under autocast, where there is
+    no group part, the dtype of autocast); it cannot be assigned.
+
+    The weight is computed at every call, until `freeze_` chooses a path and keeps what does not depend on the input.
+    """
+
+    PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales")
+
+    def __init__(
+        self,
+        structure: Structure,
+        shape: tuple[int, ...],  # of the dense weight
+        *,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.structure = structure
+        self.weight_shape = shape
+        self.path: Path = "dense"
+        self.verdict: Verdict | None = None
+        self.layout: Layout | None = None
+        self._stamp: tuple[tuple[int, int], ...] | None = None  # of the tensors that the kept buffers are made of
+        shapes = structure.shapes(shape)
+        for part in self.PARTS:
+            stored = nn.Parameter(torch.empty(shapes[part], device=device, dtype=dtype)) if part in shapes else None
+            self.register_parameter(part, stored)
+        self.bias: nn.Parameter | None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
+        )
+        self.labels: Tensor | None  # recomputed from the structure, so not part of what is saved
+        labels = None
+        if structure.group is not None:
+            labels = torch.tensor(structure.labels, dtype=torch.int32, device=device)
+        self.register_buffer("labels", labels, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a start for training from scratch: the variance of torch's own layers, residuals zero but trainable.
+
+        Without a group part the entries of left and right have variance b/√(3r), so that those of their product have
+        b²/3, as entries uniform in ±b = ±1/√(columns·taps) have.
+        """
+        bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))
+        alone = self.structure.group is None  # then the factors are no residual but the weight itself
+        for part, tensor in self.parts().items():
+            if part == "scales":
+                nn.init.ones_(tensor)
+            elif alone:
+                nn.init.normal_(tensor, std=(bound / math.sqrt(3 * self.structure.lowrank)) ** 0.5)
+            elif part in ("filters", "left"):
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.uniform_(tensor, *((-math.sqrt(3), math.sqrt(3)) if part == "gates" else (-bound, bound)))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors of the weight by name."""
+        named = {part: getattr(self, part) for part in self.PARTS}
+        return {part: tensor for part, tensor in named.items() if tensor is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, computed at every read."""
+        return expand(self.parts(), self.structure, self.weight_shape, labels=self.labels)
+
+    @torch.no_grad()
+    def assign(self, tensors: Mapping[str, Tensor], *, bias: Tensor | None = None) -> None:
+        """Copy stored tensors (as a Fit holds them) and a bias into this layer.
+
+        Raises:
+            GMError: names or shapes are not those of this layer.
+        """
+        given = dict(tensors) | ({} if bias is None else {"bias": bias})
+        own = self.parts() | ({} if self.bias is None else {"bias": self.bias})
+        wanted = {name: tuple(each.shape) for name, each in own.items()}
+        came = {name: tuple(each.shape) for name, each in given.items()}
+        if wanted != came:
+            raise GMError(f"this layer stores {wanted}, but was given {came}")
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+    @torch.no_grad()
+    def freeze_(self, path: Path, verdict: Verdict | None = None) -> None:
+        """Take a path from now on, and keep what it needs of the weight: computed anew after every change of it.
+
+        The buffers kept are not part of what is saved. In training mode nothing is kept and the path is the same. In
+        evaluation mode the stored tensors get no gradients; the inputs do. Changes through `.data` are not seen.
+
+        Raises:
+            GMError: the structure has no fast product.
+        """
+        problem = self.why_slow() if path == "structured" else None
+        if problem is not None:
+            raise GMError(f"{self} has no fast product: {problem}")
+        self.thaw_()
+        with torch.inference_mode(False):
+            own = ("gates", "left", "right", "scales")  # parameters, which need no copy
+            made = prepare(self.parts(), self.structure) if path == "structured" else {"weight": self._computed()}
+            for name, tensor in made.items():
+                if name not in own:
+                    self.register_buffer(READY + name, tensor.detach(), persistent=False)
+            if path == "structured" and self.structure.group is not None:
+                self.layout = layout_of(self.structure.group)
+        self.path, self.verdict, self._stamp = path, verdict, self._stamps()
+
+    def thaw_(self) -> None:
+        """Undo `freeze_`: the weight is computed at every call."""
+        for name in [each for each in self._buffers if each.startswith(READY)]:
+            delattr(self, name)
+        self.path, self.verdict, self._stamp = "dense", None, None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether `freeze_` chose the path."""
+        return self._stamp is not None
+
+    def why_slow(self) -> str | None:
+        """Why there is no fast product, None where there is one."""
+        return why_slow(self.structure)
+
+    def _computed(self) -> Tensor:
+        """What the dense path needs: the weight."""
+        return self.weight
+
+    def _stamps(self) -> tuple[tuple[int, int], ...]:
+        parts = [self._parameters.get(name) for name in self.PARTS]
+        return tuple((0 if p.is_inference() else p._version, p.data_ptr()) for p in parts if p is not None)
+
+    def _kept(self) -> dict[str, Tensor] | None:
+        """The kept buffers by name, made anew where the weight changed; None where they cannot be used."""
+        if self._stamp is None or self.training:
+            return None
+        if not torch.compiler.is_compiling():
+            stored = [self._parameters.get(name) for name in self.PARTS]
+            if any(each is not None and type(each) is not nn.Parameter for each in stored):
+                return None  # other tensors for the time of one call, as torch.func.functional_call puts in
+            if self._stamp != self._stamps():
+                self.freeze_(self.path, self.verdict)
+        return {name.removeprefix(READY): each for name, each in self._buffers.items() if name.startswith(READY)}  # type: ignore[misc]
+
+    def _ready(self) -> dict[str, Tensor] | None:
+        """What the fast product needs; None on the dense path."""
+        if self.path == "dense":
+            return None
+        kept = self._kept()
+        return prepare(self.parts(), self.structure) if kept is None else self.parts() | kept
+
+    def _dense(self) -> Tensor:
+        """The computed weight, kept or made."""
+        kept = self._kept()
+        return self._computed() if kept is None else kept["weight"]
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of the stored tensors takes a gradient."""
+        return any(part.requires_grad for part in self.parts().values())
+
+
+def filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
+    """The plain layer with weight, bias and flags of a structured one, and with what else was set on it."""
+    own = {*vars(empty), "structure", "weight_shape", "path", "verdict", "layout", "_stamp"}
+    vars(empty).update({key: each for key, each in vars(layer).items() if key not in own})
+    empty.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.trains)
+    if layer.bias is not None:
+        empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+    return empty.train(layer.training)
+
+
+def kept_random(parameter: Tensor) -> Any:
+    """The caller's stream of random numbers stays put inside."""
+    return torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else [])

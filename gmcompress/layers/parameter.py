@@ -1,0 +1,71 @@
+"""The structured weight of a module of any other kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..groups import Group
+from ..kinds import View
+from ..structure import Structure
+from .base import GMLayer, kept_random
+
+
+class GMWeight(GMLayer):
+    """The structured weight of any other module, called without arguments for the dense parameter that it stands for.
+
+    `shape` is that of the parameter, `layout` has a letter for each of its axes as in `gmcompress.register`, `groups`
+    are convolution groups. `.weight` is the matrix, (rows, columns, *taps). It is attached to its module, which goes on
+    as before, by `gmcompress.attaching`.
+
+    Raises:
+        GMError: the matrix has not the shape that the structure needs.
+
+    >>> weight = GMWeight((8, 16), "C4", layout="io")
+    >>> weight
+    GMWeight((8, 16), 'C4', layout='io')
+    >>> weight().shape, weight.weight.shape
+    (torch.Size([8, 16]), torch.Size([16, 8]))
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        structure: Structure | Group | str,
+        *,
+        layout: str = "oi",
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self_view = View(layout, tuple(shape), groups)
+        super().__init__(Structure.parse(structure), self_view.matrix_shape, bias=False, device=device, dtype=dtype)
+        self.view = self_view
+
+    def __repr__(self) -> str:
+        options = f", layout={self.view.letters!r}" if self.view.letters != "oi" else ""
+        options += f", groups={self.view.groups}" if self.view.groups > 1 else ""
+        return f"GMWeight({self.view.shape}, {str(self.structure)!r}{options})"
+
+    def forward(self) -> Tensor:
+        """The dense parameter, computed at every call."""
+        return self._dense()
+
+    def _computed(self) -> Tensor:
+        return self.view.parameter(self.weight)
+
+    def why_slow(self) -> str | None:
+        """Why there is no fast product: the one that uses the weight is not of this package."""
+        return f"the weight of another module is computed for it, in {self.view.letters!r} order"
+
+    @classmethod
+    @torch.no_grad()
+    def like(cls, parameter: Tensor, view: View, structure: Structure | Group | str) -> GMWeight:
+        """An empty structured weight with the device, dtype and frozen flag of a parameter."""
+        options: dict[str, Any] = {"layout": view.letters, "groups": view.groups}
+        options |= {"device": parameter.device, "dtype": parameter.dtype}
+        with kept_random(parameter):
+            made = cls(view.shape, structure, **options)
+        return made.requires_grad_(parameter.requires_grad)

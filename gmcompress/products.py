@@ -1,0 +1,408 @@
+"""The fast product: a structured weight applied without being computed, by small dense matrix products alone.
+
+A block of group matrices is applied as: the inputs' real Fourier transform, one matrix product (or convolution) for
+every irreducible representation, and the transform back. Residuals of displacement rank share both transforms; low
+ranks and adapted bases are input basis, coupling, output basis. There are no complex numbers, so that everything runs
+in half precision, under autocast, and exports.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .errors import GMError
+from .fourier import Fourier, Irreducibles, fourier_axes
+from .groups import Group
+from .structure import Structure
+
+Tensors = dict[str, Tensor]
+
+CACHED = 1 << 21  # bytes of inputs, or outputs, of a linear layer that go through all steps together: a core's cache
+ROWS = 4  # inputs of a linear layer up to which they stay rows; more become the last axis, which needs fewer products
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves: stride, zero padding and dilation, (vertical, horizontal)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def size(self, along: int, length: int, taps: int) -> int:
+        """Number of outputs along an axis of this length."""
+        covered = self.dilation[along] * (taps - 1) + 1
+        return (length + 2 * self.padding[along] - covered) // self.stride[along] + 1
+
+
+def why_slow(structure: Structure, conv_groups: int = 1) -> str | None:
+    """Why a structure has no fast product, None where it has one.
+
+    >>> why_slow(Structure.parse("D4[G/<1>,G]"))
+    'the group acts on rows or columns that are not the group itself'
+    """
+    if conv_groups > 1:
+        return "the convolution is grouped"
+    if structure.group is None:
+        return None
+    if not structure.is_regular or structure.columns is None or not structure.columns.is_regular:
+        return "the group acts on rows or columns that are not the group itself"
+    if structure.taps is not None:
+        return "the group acts on the taps"
+    try:
+        fourier_axes(structure.group)
+    except GMError as problem:
+        return str(problem)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The group part. Axes are those of `fourier_axes`; a combination has one family of irreducibles for each axis.
+
+
+def _families(axis: Fourier) -> tuple[Irreducibles, ...]:
+    """The parts of an axis, an even few real characters joined in twos to the pairs of complex ones: fewer products."""
+    if len(axis.parts) < 2:
+        return axis.parts
+    ones, twos, *rest = axis.parts
+    if ones.size != 1 or twos.size != 2 or twos.copies != 1 or ones.count % 2 or ones.count > twos.count:
+        return axis.parts
+    values = ones.matrices.reshape(-1, 2, 1, axis.order)
+    joined = values * torch.eye(2, dtype=values.dtype)[None, :, :, None]
+    matrices = torch.cat([joined, twos.matrices])
+    return (Irreducibles(0, len(matrices), 1, 2, matrices), *rest)
+
+
+class _Combination:
+    """One family of irreducibles for each axis, and the permutations that bring their coefficients into products.
+
+    The coefficients are (batch, blocks, count, copies, size, count, copies, size, ..., positions); a product wants
+    (count, size, blocks | batch, copies, positions), a convolution (batch, copies | count, size, blocks, positions).
+    """
+
+    def __init__(self, families: tuple[Irreducibles, ...], lengths: tuple[int, ...]) -> None:
+        k = len(families)
+        self.families = families
+        self.counts = tuple(each.count for each in families)
+        self.copies = tuple(each.copies for each in families)
+        self.sizes = tuple(each.size for each in families)
+        self.blocks, self.repeats, self.size = prod(self.counts), prod(self.copies), prod(self.sizes)
+        self.spans = tuple(each.stop - each.start for each in families)
+        self.whole = self.spans == lengths
+        self.apart = tuple(size for each in families for size in (each.count, each.copies, each.size))
+        counts, copies, sizes = (range(2 + which, 2 + 3 * k, 3) for which in range(3))
+        last = 2 + 3 * k
+        self.for_product = (*counts, *sizes, 1, 0, *copies, last)
+        self.for_images = (0, *copies, *counts, *sizes, 1, last)
+        self.from_product, self.from_images = _inverse(self.for_product), _inverse(self.for_images)
+
+
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes one."""
+    return tuple(sorted(range(len(order)), key=lambda each: order[each]))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of a group, and all choices of one family for each, the first axis slowest."""
+
+    lengths: tuple[int, ...]
+    choices: tuple[int, ...]
+    combinations: tuple[_Combination, ...]
+
+
+@lru_cache(maxsize=64)
+def layout_of(group: Group) -> Layout:
+    """How the coefficients of a group are ordered; the same at every call."""
+    axes = fourier_axes(group)
+    lengths, families = tuple(axis.order for axis in axes), [_families(axis) for axis in axes]
+    combinations = tuple(_Combination(each, lengths) for each in itertools.product(*families))
+    return Layout(lengths, tuple(len(each) for each in families), combinations)
+
+
+@lru_cache(maxsize=64)
+def _constants(group: Group, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The bases of the axes."""
+    return tuple(axis.basis.to(device, dtype) for axis in fourier_axes(group))
+
+
+@lru_cache(maxsize=256)
+def _matrices(family: Irreducibles, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return family.matrices.to(device, dtype)
+
+
+def prepare(tensors: Mapping[str, Tensor], structure: Structure) -> Tensors:
+    """What the product needs, from the stored tensors of a weight, differentiable: bases, spectra, gates, factors.
+
+    `spectrum0`, … are (M, D·o·(1+r), D·i, *taps): M blocks for one combination of irreducibles of sizes D.
+    """
+    ready = {name: tensors[name] for name in ("left", "right", "scales") if name in tensors}
+    if structure.group is None:
+        return ready
+    with torch.autocast(tensors["kernel"].device.type, enabled=False):
+        return ready | _spectra(tensors, structure.group)
+
+
+def _spectra(tensors: Mapping[str, Tensor], group: Group) -> Tensors:
+    """The bases, the spectra of kernel and filters, and the gates."""
+    ready = {"gates": tensors["gates"]} if "gates" in tensors else {}
+    kernel = tensors["kernel"].unsqueeze(1)  # (o, 1, i, n, *taps)
+    if "gates" in tensors:
+        kernel = torch.cat([kernel, tensors["filters"]], dim=1)
+    o, more, i, _, *taps = kernel.shape
+    layout = layout_of(group)
+    wide = torch.promote_types(kernel.dtype, torch.float32)
+    apart = kernel.to(wide).reshape(o * more, i, *layout.lengths, prod(taps))
+    for number, basis in enumerate(_constants(group, kernel.dtype, kernel.device)):
+        ready[f"basis{number}"] = basis
+    for number, each in enumerate(layout.combinations):
+        found = apart
+        for family in each.families:  # (o, i, n, ..., taps) -> (o, i, ..., taps, count, size, size)
+            found = torch.tensordot(found, _matrices(family, wide, kernel.device), dims=([2], [3]))
+        end = 3 + 3 * len(each.families)
+        order = [*range(3, end, 3), *range(4, end, 3), 0, *range(5, end, 3), 1, 2]
+        spectrum = found.permute(order).reshape(each.blocks, each.size * o * more, each.size * i, *taps)
+        ready[f"spectrum{number}"] = spectrum.to(kernel.dtype).contiguous()
+    return ready
+
+
+def _transformed(signal: Tensor, bases: Sequence[Tensor], *, back: bool) -> Tensor:  # (batch, blocks, n, positions)
+    """The Fourier transform along the group, or back from it, one axis after the other."""
+    shape, rest = signal.shape, signal.shape[3]
+    for basis in reversed(bases):
+        size = basis.shape[0]
+        if rest == 1:
+            signal = signal.reshape(-1, size) @ (basis.mT if back else basis)
+        else:
+            signal = torch.matmul(basis if back else basis.mT, signal.reshape(-1, size, rest))
+        rest *= size
+    return signal.reshape(shape)
+
+
+def _coefficients(signal: Tensor, choice: _Combination, layout: Layout) -> Tensor:
+    """The coefficients of one combination, as it documents them, of all of them: (batch, blocks, n, positions)."""
+    batch, blocks, _, positions = signal.shape
+    if not choice.whole:
+        signal = signal.reshape(batch, blocks, *layout.lengths, positions)
+        for number, family in enumerate(choice.families):
+            signal = signal.narrow(2 + number, family.start, choice.spans[number])
+    return signal.reshape(batch, blocks, *choice.apart, positions)
+
+
+def _joined(pieces: list[Tensor], choices: Sequence[int]) -> Tensor:
+    """The combinations, each (batch, blocks, *axes, positions), put together, the last axis fastest."""
+    for number in reversed(range(len(choices))):
+        step = choices[number]
+        if step > 1:
+            pieces = [torch.cat(pieces[at : at + step], dim=2 + number) for at in range(0, len(pieces), step)]
+    return pieces[0]
+
+
+def _coupled(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, window: Window | None) -> Tensor:
+    """One product, or with a window one convolution, per irreducible: (batch, i, n, *positions) -> (batch, o, ...)."""
+    size, order = tuple(signal.shape[3:]), signal.shape[2]
+    flat = signal.flatten(3)
+    batch, pieces = flat.shape[0], []
+    for number, each in enumerate(layout.combinations):
+        spectrum = ready[f"spectrum{number}"]
+        apart, blocks = _coefficients(flat, each, layout), spectrum.shape[1] // each.size
+        if window is None:
+            matrix = apart.permute(each.for_product).reshape(each.blocks, spectrum.shape[2], -1)
+            found = torch.bmm(spectrum, matrix)
+            found = found.reshape(*each.counts, *each.sizes, blocks, batch, *each.copies, -1)
+            found, new = found.permute(each.from_product), size
+        else:
+            image = apart.permute(each.for_images).reshape(batch * each.repeats, -1, *size)
+            moves = (window.stride, window.padding, window.dilation)
+            found = F.conv2d(image, spectrum.flatten(0, 1), None, *moves, each.blocks)
+            new = tuple(found.shape[2:])
+            found = found.reshape(batch, *each.copies, *each.counts, *each.sizes, blocks, -1)
+            found = found.permute(each.from_images)
+        pieces.append(found.reshape(batch, blocks, *each.spans, found.shape[-1]))
+    return _joined(pieces, layout.choices).reshape(batch, blocks, order, *new)
+
+
+def _gated(signal: Tensor, gates: Tensor) -> Tensor:  # (batch, o·(1+r), n, positions), (o, r, n) -> (batch, o, n, ...)
+    """f⋆x + Σ_k a_k ⊙ (b_k⋆x)."""
+    o, rank, n = gates.shape
+    apart = signal.reshape(signal.shape[0], o, 1 + rank, n, -1)
+    weights = gates.to(signal.dtype)[None, :, :, :, None]
+    found = apart[:, :, 0]
+    for number in range(rank):
+        found = torch.addcmul(found, apart[:, :, 1 + number], weights[:, :, number])
+    return found
+
+
+def _group_product(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, window: Window | None) -> Tensor:
+    """The group part applied to (batch, i, n, *positions)."""
+    bases = [ready[f"basis{number}"] for number in range(len(layout.lengths))]
+    size = tuple(signal.shape[3:])
+    spectrum = _transformed(signal.reshape(*signal.shape[:3], -1), bases, back=False)
+    coupled = _coupled(spectrum.reshape(*spectrum.shape[:3], *size), ready, layout, window)
+    size = tuple(coupled.shape[3:])
+    found = _transformed(coupled.reshape(*coupled.shape[:3], -1), bases, back=True)
+    if "gates" in ready:
+        found = _gated(found, ready["gates"])
+    return found.reshape(*found.shape[:3], *size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The factor part.
+
+
+def _factor_linear(rows: Tensor, ready: Mapping[str, Tensor], structure: Structure) -> Tensor:  # (N, columns)
+    left, right = ready["left"].flatten(0, -2), ready["right"].flatten(1)
+    if structure.grid is None:
+        return F.linear(F.linear(rows, right), left)
+    (p, q), rank = structure.grid, len(right)
+    inner = rows.reshape(rows.shape[0], q, -1).transpose(0, 1) @ right.reshape(rank, q, -1).permute(
+        1, 2, 0
+    )  # (Q, N, r)
+    coupled = torch.bmm(inner.permute(2, 1, 0), ready["scales"].permute(2, 1, 0))  # (r, N, Q) (r, Q, P)
+    outer = torch.bmm(coupled.permute(2, 1, 0), left.reshape(p, -1, rank).mT)  # (P, N, r) (P, r, a)
+    return outer.transpose(0, 1).reshape(rows.shape[0], -1)
+
+
+def _factor_conv2d(images: Tensor, ready: Mapping[str, Tensor], structure: Structure, window: Window) -> Tensor:
+    left, right, (p, q) = ready["left"], ready["right"], structure.grid or (1, 1)
+    rank, columns = right.shape[:2]
+    (sy, sx), (py, px), (dy, dx) = window.stride, window.padding, window.dilation
+    if structure.split:
+        first = Window((1, sx), (0, px), (1, dx))
+        second = Window((sy, 1), (py, 0), (dy, 1))
+        taps: tuple[int, ...] = (1, right.shape[2])
+        columnwise = left.mT[..., None]  # (rows, r, ky, 1)
+    else:
+        first, second, taps = window, Window(), tuple(right.shape[2:])
+        columnwise = left[..., None, None]
+    rowwise = right.reshape(rank, q, columns // q, *taps).transpose(0, 1).flatten(0, 1)  # (Q·r, columns/Q, *taps)
+    inner = F.conv2d(images, rowwise, None, first.stride, first.padding, first.dilation, q)
+    if structure.grid is not None:
+        apart = inner.reshape(inner.shape[0], q, rank, -1).permute(2, 1, 0, 3).flatten(2)  # (r, Q, N·positions)
+        coupled = torch.bmm(ready["scales"].permute(2, 0, 1), apart)  # (r, P, N·positions)
+        coupled = coupled.reshape(rank, p, inner.shape[0], -1).permute(2, 1, 0, 3)
+        inner = coupled.reshape(inner.shape[0], p * rank, *inner.shape[2:])
+    return F.conv2d(inner, columnwise, None, second.stride, second.padding, second.dilation, p)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole layers.
+
+
+def linear(
+    given: Tensor,  # (*batch, columns)
+    ready: Mapping[str, Tensor],
+    structure: Structure,
+    bias: Tensor | None = None,
+    *,
+    layout: Layout | None = None,  # that of the group, where the caller keeps it: a compiler sees through no cache
+) -> Tensor:  # (*batch, rows)
+    """x Wᵀ + b from what `prepare` made of the weight's tensors.
+
+    >>> shift = prepare({"kernel": torch.tensor([[[0.0, 1.0, 0.0]]])}, Structure.parse("C3"))
+    >>> linear(torch.tensor([[1.0, 2.0, 3.0]]), shift, Structure.parse("C3")).round(decimals=4).tolist()
+    [[2.0, 3.0, 1.0]]
+    """
+    rows = given.reshape(-1, given.shape[-1])
+    if structure.group is None:
+        return _rows_product(rows, ready, structure, None, bias).reshape(*given.shape[:-1], -1)
+    layout = layout or layout_of(structure.group)
+    if torch.compiler.is_compiling():
+        return _rows_product(rows, ready, structure, layout, bias).reshape(*given.shape[:-1], -1)
+    widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
+    pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
+    found = [_rows_product(each, ready, structure, layout, bias) for each in pieces]
+    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(*given.shape[:-1], -1)
+
+
+def _rows_product(
+    rows: Tensor, ready: Mapping[str, Tensor], structure: Structure, layout: Layout | None, bias: Tensor | None
+) -> Tensor:  # (N, columns) -> (N, rows)
+    found = None
+    if structure.group is not None:
+        assert layout is not None, "a group has a layout"
+        n = structure.group.order
+        if not torch.compiler.is_compiling() and rows.shape[0] <= ROWS:  # a graph is for any number of them
+            found = _group_product(rows.reshape(rows.shape[0], -1, n, 1), ready, layout, None)
+            found = found.reshape(rows.shape[0], -1)
+        else:
+            moved = rows.mT.reshape(1, -1, n, rows.shape[0])
+            found = _group_product(moved, ready, layout, None).reshape(-1, rows.shape[0]).mT
+    if "left" in ready:
+        factors = _factor_linear(rows, ready, structure)
+        found = factors if found is None else found + factors
+    assert found is not None, "a structure has a group or a factor part"
+    return found if bias is None else found + bias.to(found.dtype)
+
+
+def conv2d(
+    images: Tensor,  # (N, columns, height, width), or without N
+    ready: Mapping[str, Tensor],
+    structure: Structure,
+    bias: Tensor | None = None,
+    *,
+    window: Window,
+    layout: Layout | None = None,
+) -> Tensor:  # (N, rows, height', width')
+    """The convolution with the weight of whose tensors `prepare` made `ready`; it has one convolution group."""
+    if images.dim() == 3:
+        return conv2d(images[None], ready, structure, bias, window=window, layout=layout)[0]
+    found = None
+    if structure.group is not None:
+        layout = layout or layout_of(structure.group)
+        signal = images.reshape(images.shape[0], -1, structure.group.order, *images.shape[2:])
+        taps = ready["spectrum0"].shape[3:]
+        pointwise = prod(taps) == 1 and window == Window()
+        if pointwise:
+            plain = {key: each.flatten(2) if key.startswith("spectrum") else each for key, each in ready.items()}
+            flat = _group_product(signal.flatten(3), plain, layout, None)
+            found = flat.reshape(images.shape[0], -1, *images.shape[2:])
+        else:
+            found = _group_product(signal, ready, layout, window).flatten(1, 2)
+    if "left" in ready:
+        factors = _factor_conv2d(images, ready, structure, window)
+        found = factors if found is None else found + factors
+    assert found is not None, "a structure has a group or a factor part"
+    return found if bias is None else found + bias.to(found.dtype)[:, None, None]
+
+
+def multiply_adds(
+    structure: Structure,
+    shape: Sequence[int],  # of the weight
+    size: Sequence[int],  # of the input, without channels: (N,) or (N, height, width)
+    window: Window | None = None,
+) -> int:
+    """Multiply-adds of the fast product in matrix products and convolutions; gates and sums are not counted.
+
+    >>> multiply_adds(Structure.parse("lowrank:3"), (10, 20), (7,))
+    630
+    """
+    samples, rows, columns = size[0], shape[0], shape[1]
+    window = window or Window()
+    height, width = tuple(size[1:]) or (1, 1)
+    ky, kx = tuple(shape[2:]) or (1, 1)
+    high, wide = window.size(0, height, ky), window.size(1, width, kx)
+    outputs = samples * high * wide
+    total = 0
+    if structure.group is not None:
+        more = 1 + structure.displacement
+        n, layout = structure.group.order, layout_of(structure.group)
+        total += sum(layout.lengths) * (samples * height * width * columns + outputs * rows * more)
+        for each in layout.combinations:
+            products = each.repeats * each.blocks * each.size**2
+            total += outputs * products * (rows // n * more) * (columns // n) * ky * kx
+    if structure.lowrank:
+        inner = samples * height * wide if structure.split else outputs
+        coupling = 0 if structure.grid is None else prod(structure.grid)
+        across = kx if structure.split else ky * kx
+        total += structure.lowrank * (inner * (columns * across + coupling))
+        total += structure.lowrank * outputs * rows * (ky if structure.split else 1)
+    return total

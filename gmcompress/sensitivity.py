@@ -1,0 +1,81 @@
+"""What an error in the output of a block costs: the diagonal of the Fisher information at its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .calibration import first_output, likelihood
+from .surgery import Inputs, call
+
+DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
+
+
+def floating(outputs: Any) -> list[Tensor]:
+    """The tensors of floating point in what a module returns."""
+    return [each for each in tree_flatten(outputs)[0] if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def sensitivities(
+    model: nn.Module,  # in evaluation mode
+    batches: Sequence[Inputs],
+    names: Sequence[str],
+    *,
+    logits: bool,
+    seed: int = 0,
+) -> dict[str, list[Tensor]]:
+    """For every module, for each output tensor, the mean over examples of its squared gradient, damped, of mean 1.
+
+    The gradients are those of the log-likelihood of labels drawn from the model's own prediction (of random projections
+    where outputs are no logits). The shapes are those of one example; modules whose outputs change their shapes from
+    batch to batch, or that no gradient reaches, are left out.
+
+    Source: Li et al. 2021, BRECQ, section 3.3, there for each example by itself.
+    """
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+    uneven: set[str] = set()
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as stack, torch.enable_grad():
+        for name in names:
+            hook = _hook(name, sums[name], uneven)
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        for batch in batches:
+            score = likelihood(first_output(call(model, batch)), generator, logits=logits)
+            if score.requires_grad:
+                score.backward()
+    for each in model.parameters():
+        each.grad = None
+    found = {}
+    for name, totals in sums.items():
+        values = [totals[index] for index in sorted(totals)]
+        means = [float(each.mean()) for each in values]
+        if values and name not in uneven and all(0 < mean < float("inf") for mean in means):
+            found[name] = [(each / mean + DAMPED) / (1 + DAMPED) for each, mean in zip(values, means, strict=True)]
+    return found
+
+
+def _hook(name: str, totals: dict[int, Tensor], uneven: set[str]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+        leaves, form = tree_flatten(output)
+        for index, each in enumerate(floating(output)):
+
+            def take_in(gradient: Tensor, index: int = index) -> None:
+                squares = gradient.float().square().sum(0)
+                if index in totals and totals[index].shape != squares.shape:
+                    uneven.add(name)
+                else:
+                    totals[index] = totals.get(index, 0) + squares
+
+            begun = each
+            if not each.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
+                begun = each + torch.zeros((), dtype=each.dtype, device=each.device, requires_grad=True)
+                leaves = [begun if leaf is each else leaf for leaf in leaves]
+            begun.register_hook(take_in)
+        return tree_unflatten(leaves, form)
+
+    return hook

@@ -1,0 +1,74 @@
+"""Dense linear algebra: the same, to tolerance, as torch's own where all singular values are computed."""
+
+import pytest
+import scipy.linalg
+import torch
+from conftest import assert_close, must_fail
+from torch import Generator, Tensor
+
+from gmcompress.linalg import leading_vectors, trailing_energy, truncated_svd
+
+
+def randn(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def spectrum(values: Tensor, columns: int, generator: Generator) -> Tensor:
+    """A random matrix with these singular values."""
+    u, v = (torch.linalg.qr(randn((each, len(values)), generator))[0] for each in (len(values), columns))
+    return u * values @ v.T
+
+
+@pytest.mark.parametrize("rank", [1, 3, 10, 30])
+@pytest.mark.parametrize("columns", [8, 64, 200])
+@pytest.mark.parametrize(
+    "values",
+    [torch.rand(64), torch.ones(64), torch.logspace(0, -14, 64), torch.tensor([1.0] * 3 + [0.0] * 61), torch.zeros(64)],
+    ids=["random", "flat", "decaying", "rank 3", "zero"],
+)
+def test_truncated_svd_is_that_of_torch(values: Tensor, columns: int, rank: int, generator: Generator) -> None:
+    matrix = (
+        spectrum(values.double(), 64, generator)[:, :columns]
+        if columns < 64
+        else spectrum(values.double(), columns, generator)
+    )
+    rank = min(rank, columns)
+    expected = torch.linalg.svdvals(matrix)
+
+    def assert_truncation(u: Tensor, s: Tensor, vh: Tensor) -> None:
+        assert_close(s, expected[:rank])
+        assert_close(u.T @ u, torch.eye(rank, dtype=torch.float64))
+        assert_close(vh @ vh.T, torch.eye(rank, dtype=torch.float64))
+        assert_close((matrix - u * s @ vh).norm(), expected[rank:].norm())
+
+    u, s, vh = truncated_svd(matrix, rank)
+    assert_truncation(u, s, vh)
+    ut, st, vht = truncated_svd(matrix.T, rank)
+    assert_truncation(vht.T, st, ut.T)
+    batched = truncated_svd(torch.stack([2 * matrix, matrix]), rank)
+    assert_truncation(*(each[1] for each in batched))
+    must_fail(assert_truncation, u, s + 1e-6, vh)
+    must_fail(assert_truncation, u * 1.01, s, vh)
+
+
+def test_lapack_may_fail(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise scipy.linalg.LinAlgError
+
+    matrix = randn((200, 300), generator)
+    expected = truncated_svd(matrix, 2)
+    monkeypatch.setattr(scipy.linalg, "eigh", fails)
+    for found, wanted in zip(truncated_svd(matrix, 2), expected, strict=True):
+        assert_close(found.abs(), wanted.abs(), slack=1e3)
+
+
+@pytest.mark.parametrize("values", [torch.rand(200), torch.ones(200), torch.logspace(0, -14, 200), torch.zeros(200)])
+def test_some_eigenvectors_are_those_of_all(values: Tensor, generator: Generator) -> None:
+    matrix = spectrum(values.double(), 300, generator)
+    gram = torch.stack([matrix @ matrix.T, torch.eye(200, dtype=torch.float64)])
+    assert leading_vectors(gram, 2).shape == (2, 200, 2)
+    found, expected = truncated_svd(matrix, 2), torch.linalg.svdvals(matrix)
+    assert_close(found[1], expected[:2])
+    assert_close((matrix - found[0] * found[1] @ found[2]).norm(), expected[2:].norm())
+    for rank in (0, 2, 12, 150, 300):  # by Lanczos iteration, and by all eigenvalues
+        assert_close(trailing_energy(gram, rank), float(expected[rank:].square().sum()) + max(200 - rank, 0), slack=1e5)

@@ -1,0 +1,150 @@
+"""The fast product against the dense product with the computed weight, for every structure of the market."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from conftest import assert_close, must_fail
+from market import STRUCTURES, random_tensors, slow_expand
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gmcompress.products import ROWS, Window, conv2d, linear, multiply_adds, prepare, why_slow
+from gmcompress.structure import Structure, expand
+
+LARGER = [
+    ("C8", (32, 16, 3, 3)),
+    ("C4xC4+displacement:1", (32, 48, 1, 1)),
+    ("C32xC32", (1024, 2048)),
+    ("C12xC12+displacement:2+adapted:3:2x2", (288, 144)),
+    ("D4xC32", (256, 512)),
+    ("Q8xC12+lowrank:2:split", (96, 96, 3, 3)),
+    ("S3xD8", (96, 192)),
+    ("C5xC16", (80, 160)),
+]
+FAST = [(text, shape) for text, shape in STRUCTURES + LARGER if why_slow(Structure.parse(text)) is None]
+LINEAR = pytest.mark.parametrize(("text", "shape"), [each for each in FAST if len(each[1]) == 2])
+CONV = pytest.mark.parametrize(("text", "shape"), [each for each in FAST if len(each[1]) == 4])
+WINDOWS = pytest.mark.parametrize(
+    "window", [Window(), Window((2, 1), (1, 2), (1, 1)), Window((1, 2), (2, 1), (2, 1))], ids=["plain", "a", "b"]
+)
+
+
+def tensors_of(structure: Structure, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    made = random_tensors(structure, shape, torch.Generator().manual_seed(1))
+    return {name: each.to(dtype) for name, each in made.items()}
+
+
+def assert_linear(tensors: dict[str, Tensor], weight: Tensor, text: str, rows: int) -> None:
+    structure = Structure.parse(text)
+    x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    bias = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert_close(linear(x, prepare(tensors, structure), structure, bias), x @ weight.T + bias)
+
+
+@LINEAR
+@pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1, 9])
+def test_linear(text, shape, rows):
+    structure = Structure.parse(text)
+    tensors = tensors_of(structure, shape)
+    assert_linear(tensors, expand(tensors, structure, shape), text, rows)
+
+
+@pytest.mark.parametrize(("text", "shape"), [each for each in FAST if len(each[1]) == 2 and max(each[1]) < 20])
+def test_linear_against_the_slow_twin(text, shape):
+    structure = Structure.parse(text)
+    tensors = tensors_of(structure, shape)
+    assert_linear(tensors, slow_expand(tensors, structure, shape), text, 2)
+
+
+def test_control_the_weight_of_the_inverse_elements():
+    structure = Structure.parse("C5")
+    tensors = tensors_of(structure, (5, 10))
+    weight = expand(tensors, structure, (5, 10))
+    assert_linear(tensors, weight, "C5", 3)
+    turned = {"kernel": tensors["kernel"].flip(2).roll(1, 2)}
+    must_fail(assert_linear, turned, weight, "C5", 3)
+
+
+@CONV
+@WINDOWS
+def test_conv2d(text, shape, window, generator):
+    structure = Structure.parse(text)
+    tensors = tensors_of(structure, shape)
+    x = torch.randn(2, shape[1], 8, 7, generator=generator, dtype=torch.float64)
+    found = conv2d(x, prepare(tensors, structure), structure, window=window)
+    moves = (window.stride, window.padding, window.dilation)
+    assert_close(found, F.conv2d(x, expand(tensors, structure, shape), None, *moves))
+    assert_close(conv2d(x[0], prepare(tensors, structure), structure, window=window), found[0])
+
+
+@LINEAR
+@pytest.mark.parametrize("rows", [2, 7])
+def test_multiply_adds_of_linear(text, shape, rows):
+    structure = Structure.parse(text)
+    ready = prepare(tensors_of(structure, shape), structure)
+    with FlopCounterMode(display=False) as counter:
+        linear(torch.zeros(rows, shape[1], dtype=torch.float64), ready, structure)
+    assert counter.get_total_flops() == 2 * multiply_adds(structure, shape, (rows,))
+
+
+@CONV
+@WINDOWS
+def test_multiply_adds_of_conv2d(text, shape, window):
+    structure = Structure.parse(text)
+    ready = prepare(tensors_of(structure, shape), structure)
+    with FlopCounterMode(display=False) as counter:
+        conv2d(torch.zeros(2, shape[1], 8, 7, dtype=torch.float64), ready, structure, window=window)
+    assert counter.get_total_flops() == 2 * multiply_adds(structure, shape, (2, 8, 7), window)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"), [("C8xC8+displacement:1", (64, 128)), ("D4+lowrank:2", (16, 16)), ("adapted:3:2x2", (8, 12))]
+)
+def test_gradients_are_those_of_the_dense_product(text, shape, generator):
+    structure = Structure.parse(text)
+    tensors = {name: each.requires_grad_() for name, each in tensors_of(structure, shape).items()}
+    x = torch.randn(6, shape[1], generator=generator, dtype=torch.float64, requires_grad=True)
+    subjects = [x, *tensors.values()]
+    fast = torch.autograd.grad(linear(x, prepare(tensors, structure), structure).square().sum(), subjects)
+    slow = torch.autograd.grad((x @ expand(tensors, structure, shape).T).square().sum(), subjects)
+    for found, wanted in zip(fast, slow, strict=True):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("text", ["C8xC8+displacement:1", "D4xC8", "lowrank:8", "adapted:4:2x2"])
+def test_half_precision(text, dtype, generator):
+    structure, shape = Structure.parse(text), (128, 64)
+    tensors = tensors_of(structure, shape, dtype)
+    x = torch.randn(5, 64, generator=generator, dtype=torch.float64)
+    found = linear(x.to(dtype), prepare(tensors, structure), structure)
+    exact = x @ expand({name: each.double() for name, each in tensors.items()}, structure, shape).T
+    assert found.dtype == dtype
+    assert_close(found, exact.to(dtype), slack=2)
+
+
+@pytest.mark.parametrize("text", ["C8xC8+displacement:1", "lowrank:8"])
+def test_autocast(text, generator):
+    structure, shape = Structure.parse(text), (128, 64)
+    tensors = tensors_of(structure, shape, torch.float32)
+    x = torch.randn(5, 64, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ready = prepare(tensors, structure)
+        found = linear(x, ready, structure, torch.ones(128))
+    assert found.dtype == torch.bfloat16
+    assert all(each.dtype == torch.float32 for each in ready.values())
+    assert_close(found, (x @ expand(tensors, structure, shape).T + 1).to(torch.bfloat16), slack=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups", "reason"),
+    [
+        ("C4", 2, "grouped"),
+        ("D4[G/<1>,G]", 1, "not the group itself"),
+        ("D4[G,G/<1,4>]", 1, "not the group itself"),
+        ("C4[G,G,grid3x3]", 1, "acts on the taps"),
+        ("C2048", 1, "limited to order"),
+    ],
+)
+def test_why_slow(text, groups, reason):
+    assert reason in str(why_slow(Structure.parse(text), groups))
