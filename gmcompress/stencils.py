@@ -42,6 +42,9 @@ class Stencil:
     members: Indices  # (m,), ascending, a subgroup
     taps: Indices  # (t,)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Stencil:
+        return self  # immutable, and its tables are large
+
     @cached_property
     def reads(self) -> Indices:  # (t, m)
         """`reads[u, h]` is the element h·u."""
