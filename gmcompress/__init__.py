@@ -7,20 +7,27 @@
 
 from . import groups
 from .attaching import densify
+from .commutator import equivariance_error
 from .doctor import Examination
 from .doctor import examine as doctor
 from .errors import GMError
 from .exporting import Export, export
 from .freezing import freeze, verdicts
+from .groupconv import GroupConv
 from .groups import Group, GSet, group
+from .homogeneous import HomogeneousConv
 from .kinds import register
+from .lattice import LatticeConv
 from .layers import GMConv2d, GMLinear, GMWeight, Verdict
 from .metrics import Metrics, measure
+from .networks import GMCNN
 from .pipeline import compress, equivariance, sweep, tune
 from .pipeline import make_plan as plan
 from .planning import Plan
+from .pooling import GroupPool, GroupUnpool
 from .projection import Fit, project
 from .reporting import Report, Result
+from .separation import separate
 from .shards import Shards, compress_shards, load_shards
 from .storage import load, save
 from .structure import (
@@ -37,6 +44,7 @@ from .structure import (
 from .surgery import Site, replace, trace
 
 __all__ = [
+    "GMCNN",
     "Examination",
     "Export",
     "Fit",
@@ -46,6 +54,11 @@ __all__ = [
     "GMWeight",
     "GSet",
     "Group",
+    "GroupConv",
+    "GroupPool",
+    "GroupUnpool",
+    "HomogeneousConv",
+    "LatticeConv",
     "Metrics",
     "Plan",
     "Report",
@@ -63,6 +76,7 @@ __all__ = [
     "distance",
     "doctor",
     "equivariance",
+    "equivariance_error",
     "expand",
     "export",
     "freeze",
@@ -79,6 +93,7 @@ __all__ = [
     "register",
     "replace",
     "save",
+    "separate",
     "sweep",
     "trace",
     "tune",

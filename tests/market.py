@@ -143,6 +143,29 @@ GROUPS: dict[str, Twin] = {
     "<(0 1)>x<(0 1 2)>": tuples(generated((1, 0)), generated(TURN)),
 }
 
+
+def slow_subgroups(table: np.ndarray) -> list[list[int]]:
+    """Every subgroup, as its elements: all that the known ones generate with one more element, until nothing is new."""
+
+    def closure(elements: frozenset[int]) -> frozenset[int]:
+        products = frozenset(int(table[a, b]) for a in elements for b in elements)
+        return elements if products == elements else closure(products)
+
+    known = frontier = {frozenset([0])}
+    while frontier:
+        frontier = {closure(each | {a}) for each in frontier for a in range(len(table)) if a not in each} - known
+        known = known | frontier
+    return sorted((sorted(each) for each in known), key=lambda each: (len(each), each))
+
+
+def slow_act(table: np.ndarray, g: int, signal: Tensor) -> Tensor:
+    """(g·x)[g·y] = x[y], on the last axis."""
+    moved = torch.empty_like(signal)
+    for y in range(len(table)):
+        moved[..., int(table[g, y])] = signal[..., y]
+    return moved
+
+
 NOT_GROUPS: dict[str, list[list[int]]] = {
     "a loop: Latin, with identity, every element its own inverse, not associative": [
         [0, 1, 2, 3, 4],

@@ -11,12 +11,12 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier"),
-    ("factors", "products", "selection", "calibration", "rules"),
-    ("fitting", "layers"),
-    ("projection", "attaching"),
-    ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity"),
+    ("groups", "files", "tables", "linalg", "kinds", "spectra"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils"),
+    ("factors", "products", "selection", "calibration", "rules", "separation"),
+    ("fitting", "layers", "groupconv", "lattice"),
+    ("projection", "attaching", "pooling", "homogeneous"),
+    ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
     ("reporting", "reconstruction", "blocks"),
     ("allocation", "freezing"),
     ("jobs",),
@@ -27,7 +27,9 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ALGEBRA = {room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier")}
+ALGEBRA = {
+    room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation")
+}
 PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
 
 

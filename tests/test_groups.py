@@ -5,19 +5,22 @@ import itertools
 import numpy as np
 import pytest
 from conftest import must_fail
-from market import GROUPS, NOT_GROUPS, cayley
+from market import GROUPS, NOT_GROUPS, cayley, slow_subgroups
 
 from gmcompress.errors import GMError
 from gmcompress.groups import (
     Group,
     GSet,
     alternating,
+    axes_of,
     ball,
     cosets,
     cycle_notation,
     cyclic,
     dihedral,
     direct,
+    embed,
+    factor_generators,
     fixed,
     from_permutations,
     from_table,
@@ -36,6 +39,7 @@ from gmcompress.groups import (
     semidirect,
     subgroup,
     symmetric,
+    transversal,
     word_lengths,
 )
 
@@ -452,3 +456,73 @@ def test_quotients_of_equal_order_and_exponent_are_told_apart():
     names = [each.name for each in quotients(group("D3xC6"))]
     assert {"D3", "C6"} <= {identify(group(name)).name for name in names if group(name).order == 6}
     assert len({identify(group(name)).name for name in names}) == len(names)
+
+
+# ------------------------------------------------------------------------------------------------------ embedding
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_subgroups_are_groups_of_their_own_and_tile_the_group(name: str) -> None:
+    whole = group(name)
+    table, lengths = whole.table, word_lengths(whole, factor_generators(whole))
+    assert (lengths >= 0).all(), "the generators of the factors generate"
+    for members in slow_subgroups(table):
+        small, embedded = embed(whole, members)
+        assert embedded.tolist() == members
+        assert np.array_equal(embedded[small.table], table[np.ix_(members, members)])
+        for side in ("right", "left"):
+            tile = transversal(whole, embedded, side=side)
+            products = table[np.ix_(members, tile)] if side == "right" else table[np.ix_(tile, members)]
+            assert sorted(products.ravel().tolist()) == list(range(whole.order))
+            for t in tile:
+                coset = table[members, t] if side == "right" else table[t, members]
+                assert lengths[t] == lengths[coset].min(), "another element of the coset is nearer"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_strings_name_the_only_subgroup_of_their_type(name: str) -> None:
+    whole = group(name)
+    every = slow_subgroups(whole.table)
+    for members in every:
+        small, _ = embed(whole, members)
+        alike = [each for each in every if isomorphism(embed(whole, each)[0], small) is not None]
+        if whole.factors or len(small.factors) > 1:
+            continue
+        if len(alike) == 1:
+            assert embed(whole, small.name)[1].tolist() == members
+        else:
+            with pytest.raises(GMError, match="several subgroups"):
+                embed(whole, small.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "members"),
+    [
+        ("C8xC8", "C4xC4", [8 * a + b for a in range(0, 8, 2) for b in range(0, 8, 2)]),
+        ("C8xC8", "C1xC8", list(range(8))),
+        ("C4^3", "C2^2xC1", [0, 8, 32, 40]),
+        ("D4xC2", "C4xC1", [0, 4, 8, 12]),
+        ("D4", "C4", [0, 2, 4, 6]),
+        ("S4", "A4", None),
+        ("C6xC2", "C3", [0, 4, 8]),
+        ("C32xC32", "C1xC1", [0]),
+    ],
+)
+def test_strings_of_subgroups(name: str, text: str, members: list[int] | None) -> None:
+    small, found = embed(name, text)
+    assert members is None or found.tolist() == members
+    assert small.order == len(found)
+    if name == "C8xC8" and text == "C4xC4":
+        assert axes_of(small) == (4, 4)
+
+
+def test_embeddings_refused() -> None:
+    for name, text in (("D4", "C2"), ("C4xC4", "C4"), ("C8", "C3"), ("C4", "Y2"), ("C4xC4", "C4xC4xC4"), ("C8xC8", 3)):
+        with pytest.raises(GMError):
+            embed(name, text)
+    with pytest.raises(GMError, match="not looked for"):
+        embed("D512", "C2xC2")
+    with pytest.raises(GMError, match="side is"):
+        transversal(group("C4"), np.array([0]), side="up")
+    with pytest.raises(GMError, match="do not reach"):
+        transversal(group("C4"), np.array([0]), [2])

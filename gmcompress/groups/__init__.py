@@ -1,5 +1,6 @@
 """Finite groups and the sets they act on; integer arrays only, no torch."""
 
+from .embedding import as_given, axes_of, embed, factor_generators, transversal
 from .families import alternating, cyclic, dihedral, direct, quaternion, semidirect, symmetric
 from .group import Group, cycle_notation, from_permutations, from_table
 from .gsets import GSet, cosets, fixed, grid, gset, regular
@@ -22,6 +23,8 @@ __all__ = [
     "GSet",
     "Group",
     "alternating",
+    "as_given",
+    "axes_of",
     "ball",
     "cosets",
     "cycle_notation",
@@ -29,6 +32,8 @@ __all__ = [
     "diagonal",
     "dihedral",
     "direct",
+    "embed",
+    "factor_generators",
     "fixed",
     "from_permutations",
     "from_table",
@@ -47,5 +52,6 @@ __all__ = [
     "semidirect",
     "subgroup",
     "symmetric",
+    "transversal",
     "word_lengths",
 ]

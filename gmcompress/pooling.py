@@ -1,0 +1,113 @@
+"""Pooling on a group: every position of a subgroup gathers one tile of the group, and unpooling fills it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GMError, shown
+from .groupconv import flat_signal, shaped_signal
+from .groups import Group, as_given, embed, transversal
+from .groups import group as parse
+
+
+class _Tiling(nn.Module):
+    """What pooling and unpooling share: the subgroup H, and the tiles h·T that cover the group without overlap."""
+
+    tiles: Tensor
+
+    def __init__(
+        self, group: Group | str, stride: str | Iterable[int], mode: str, generators: Iterable[int] | None
+    ) -> None:
+        super().__init__()
+        self.group = parse(group)
+        self.stride = as_given(stride)
+        self.mode = mode
+        self.generators = None if generators is None else tuple(generators)
+        self.subgroup, members = embed(self.group, self.stride)
+        tile = transversal(self.group, members, self.generators)
+        # tiles[h, t] is the element h·t; row by row every element once
+        table = torch.tensor(self.group.table[members][:, tile], dtype=torch.int64)
+        self.register_buffer("tiles", table, persistent=False)
+
+    def __repr__(self) -> str:
+        group = repr(self.group.name) if self.group.name else repr(self.group)
+        metric = "" if self.generators is None else f", generators={self.generators!r}"
+        return f"{type(self).__name__}({group}, {self.stride!r}, mode={self.mode!r}{metric})"
+
+
+class GroupPool(_Tiling):
+    """Pooling onto a subgroup H: out[h] is the maximum or the mean of x over the tile h·T.
+
+    T holds one element of every coset H·t, the nearest to the identity in the word metric of `generators` (by default
+    those of the factors), so the tiles h·T cover the group, each position once, and the layer commutes with H. The
+    trivial subgroup, `stride=()`, pools over all of G: the result is then invariant under G.
+
+    Raises:
+        GMError: the subgroup is not there, the mode is unknown, or the generators do not generate G.
+    Source: GM paper, section on pooling.
+
+    >>> GroupPool("C4", [2])(torch.tensor([[[1.0, 5.0, 2.0, 3.0]]]))
+    tensor([[[5., 3.]]])
+    >>> GroupPool("C8xC8", "C4xC4", mode="mean")(torch.ones(2, 3, 8, 8)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(
+        self,
+        group: Group | str,
+        stride: str | Iterable[int],
+        mode: str = "max",
+        *,
+        generators: Iterable[int] | None = None,
+    ) -> None:
+        if mode not in ("max", "mean"):
+            raise GMError(f'the mode of pooling is "max" or "mean", not {shown(mode)}')
+        super().__init__(group, stride, mode, generators)
+        self.out_group = self.subgroup
+
+    def forward(self, signal: Tensor) -> Tensor:  # (batch, channels, n or *axes) -> (batch, channels, m or *axes)
+        """The signal on `out_group`."""
+        flat = flat_signal(signal, self.group)
+        apart = flat.index_select(2, self.tiles.flatten()).unflatten(2, self.tiles.shape)
+        pooled = apart.max(3).values if self.mode == "max" else apart.mean(3)
+        return shaped_signal(pooled, self.out_group, signal)
+
+
+class GroupUnpool(_Tiling):
+    """From a subgroup H back to G, with the tiles of `GroupPool`: out[h·t] is x[h], or where "zero" only at t = 1.
+
+    Commutes with H. Mean pooling after it gives the signal back where "copy", and is its adjoint up to the factor |T|.
+
+    Raises:
+        GMError: as for `GroupPool`.
+
+    >>> GroupUnpool("C4", [2])(torch.tensor([[[1.0, 5.0]]]))
+    tensor([[[1., 1., 5., 5.]]])
+    """
+
+    def __init__(
+        self,
+        group: Group | str,
+        stride: str | Iterable[int],
+        mode: str = "copy",
+        *,
+        generators: Iterable[int] | None = None,
+    ) -> None:
+        if mode not in ("copy", "zero"):
+            raise GMError(f'the mode of unpooling is "copy" or "zero", not {shown(mode)}')
+        super().__init__(group, stride, mode, generators)
+        self.out_group = self.group
+
+    def forward(self, signal: Tensor) -> Tensor:  # (batch, channels, m or *axes) -> (batch, channels, n or *axes)
+        """The signal on the whole group."""
+        flat = flat_signal(signal, self.subgroup)
+        if self.mode == "copy":
+            source = torch.empty_like(self.tiles.flatten())
+            rows = torch.arange(len(self.tiles), device=source.device).repeat_interleave(self.tiles.shape[1])
+            found = flat.index_select(2, source.index_copy(0, self.tiles.flatten(), rows))
+        else:
+            found = flat.new_zeros(*flat.shape[:2], self.group.order).index_copy(2, self.tiles[:, 0], flat)
+        return shaped_signal(found, self.out_group, signal)
