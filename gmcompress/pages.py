@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +18,6 @@ from markupsafe import Markup
 from .tables import percent
 
 if TYPE_CHECKING:  # imported where it draws: it takes as long to import as half of torch
-    from collections.abc import Iterator
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -407,14 +405,13 @@ def _curves(history: Sequence[Row]) -> Drawing | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    names = list(dict.fromkeys(["loss", *(key for row in history for key in row)]))
-    names = [key for key in names if key not in ("epoch", "lr", "seconds")]
+    keys = dict.fromkeys(["loss", *(key for row in history for key in row)])
+    names = [key for key in keys if key not in ("epoch", "lr", "seconds")]
     panels = {key: values for key in names if not all(map(math.isnan, values := _numbers(history, key)))}
     if not panels:
         return None
     epochs = [_number(row.get("epoch", number)) for number, row in enumerate(history)]
-    size, left = 150.0, 58.0
-    height = size * len(panels) + AXIS - 10
+    size, left, height = 150.0, 58.0, 150.0 * len(panels) + AXIS - 10
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     for place, (name, values) in enumerate(panels.items(), 1):
         box = left, height - size * place + 14, WIDTH - left - 18, size - 40
@@ -429,8 +426,8 @@ def _curves(history: Sequence[Row]) -> Drawing | None:
         axes.tick_params(axis="x", labelbottom=place == len(panels))
     axes.set_xlabel("epoch")
     ends = ", ".join(f"{name} {shown(values[0])} → {shown(values[-1])}" for name, values in panels.items())
-    words = [f"From the first epoch to the last: {ends}."]
-    return Drawing("Fine-tuning, epoch by epoch", _embed(figure, "history", "Fine-tuning over the epochs"), words)
+    svg = _embed(figure, "history", "Fine-tuning over the epochs")
+    return Drawing("Fine-tuning, epoch by epoch", svg, [f"From the first epoch to the last: {ends}."])
 
 
 def _embed(figure: Figure, prefix: str, label: str) -> Markup:

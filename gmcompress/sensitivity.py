@@ -1,4 +1,4 @@
-"""What an error in the output of a block costs: the diagonal of the Fisher information at its entries."""
+"""What an error in the output of a block costs, place by place: the diagonal of the Fisher information, averaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sensitivities(
     logits: bool,
     seed: int = 0,
 ) -> dict[str, list[Tensor]]:
-    """For every module, for each output tensor, the mean over examples of its squared gradient, damped, of mean 1.
+    """For every module, for each output tensor, the mean squared gradient at each place, damped, of mean 1.
 
     The gradients are those of the log-likelihood of labels drawn from the model's own prediction (of random projections
     where outputs are no logits). The shapes are those of one example; modules whose outputs change their shapes from
