@@ -103,6 +103,8 @@ class _Combination:
         self.for_product = (*counts, *sizes, 1, 0, *copies, last)
         self.for_images = (0, *copies, *counts, *sizes, 1, last)
         self.from_product, self.from_images = _inverse(self.for_product), _inverse(self.for_images)
+        self.for_rows = self.for_product[:-1]  # there are no positions
+        self.from_rows = _inverse(self.for_rows)
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:
@@ -254,6 +256,28 @@ def _group_product(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, 
     return found.reshape(*found.shape[:3], *size)
 
 
+def _few_rows(rows: Tensor, ready: Mapping[str, Tensor], layout: Layout) -> Tensor:  # (N, columns) -> (N, rows)
+    """The group part applied to few rows, one combination on at most two axes: the same, in fewer operations.
+
+    A product so small takes less time than the calls that lead to it.
+    """
+    (choice,), batch = layout.combinations, rows.shape[0]
+    basis, spectrum, last = ready["basis0"], ready["spectrum0"], layout.lengths[-1]
+    found = torch.mm(rows.reshape(-1, last), ready["basis1"] if len(layout.lengths) == 2 else basis)
+    if len(layout.lengths) == 2:
+        found = torch.matmul(basis.mT, found.view(-1, *layout.lengths))
+    found = found.view(batch, -1, *choice.apart).permute(choice.for_rows).reshape(choice.blocks, spectrum.shape[2], -1)
+    found = torch.bmm(spectrum, found).view(*choice.counts, *choice.sizes, -1, batch, *choice.copies)
+    found = found.permute(choice.from_rows)
+    if len(layout.lengths) == 2:
+        found = torch.matmul(basis, found.reshape(-1, *layout.lengths))
+    found = torch.mm(found.reshape(-1, last), (ready["basis1"] if len(layout.lengths) == 2 else basis).mT)
+    if "gates" in ready:
+        o, rank, n = ready["gates"].shape
+        found = _gated(found.view(batch, o * (1 + rank), n, 1), ready["gates"])
+    return found.view(batch, -1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The factor part.
 
@@ -330,12 +354,14 @@ def _rows_product(
     if structure.group is not None:
         assert layout is not None, "a group has a layout"
         n = structure.group.order
-        if not torch.compiler.is_compiling() and rows.shape[0] <= ROWS:  # a graph is for any number of them
-            found = _group_product(rows.reshape(rows.shape[0], -1, n, 1), ready, layout, None)
-            found = found.reshape(rows.shape[0], -1)
-        else:
+        if torch.compiler.is_compiling() or rows.shape[0] > ROWS:  # a graph is for any number of them
             moved = rows.mT.reshape(1, -1, n, rows.shape[0])
             found = _group_product(moved, ready, layout, None).reshape(-1, rows.shape[0]).mT
+        elif len(layout.combinations) == 1 and len(layout.lengths) <= 2:
+            found = _few_rows(rows, ready, layout)
+        else:
+            found = _group_product(rows.reshape(rows.shape[0], -1, n, 1), ready, layout, None)
+            found = found.reshape(rows.shape[0], -1)
     if "left" in ready:
         factors = _factor_linear(rows, ready, structure)
         found = factors if found is None else found + factors

@@ -175,19 +175,24 @@ class GMLayer(nn.Module):
         if self._stamp is None or self.training:
             return None
         if not torch.compiler.is_compiling():
-            stored = [self._parameters.get(name) for name in self.PARTS]
-            if any(each is not None and type(each) is not nn.Parameter for each in stored):
+            stored = [each for name in self.PARTS if (each := self._parameters.get(name)) is not None]
+            if any(type(each) is not nn.Parameter for each in stored):
                 return None  # other tensors for the time of one call, as torch.func.functional_call puts in
             if self._stamp != self._stamps():
                 self.freeze_(self.path, self.verdict)
-        return {name.removeprefix(READY): each for name, each in self._buffers.items() if name.startswith(READY)}  # type: ignore[misc]
+        return {name[len(READY) :]: each for name, each in self._buffers.items() if name.startswith(READY)}  # type: ignore[misc]
 
     def _ready(self) -> dict[str, Tensor] | None:
         """What the fast product needs; None on the dense path."""
         if self.path == "dense":
             return None
         kept = self._kept()
-        return prepare(self.parts(), self.structure) if kept is None else self.parts() | kept
+        if kept is None:
+            return prepare(self.parts(), self.structure)
+        for name in ("gates", "left", "right", "scales"):
+            if self._parameters.get(name) is not None:
+                kept[name] = getattr(self, name)
+        return kept
 
     def _dense(self) -> Tensor:
         """The computed weight, kept or made."""
