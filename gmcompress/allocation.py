@@ -159,11 +159,14 @@ class Table:
     def whole(self) -> dict[str, list[Candidate]]:
         """The candidates of the free layers, and of the prescribed ones the single one that each has."""
         shapes = {site.name: site.shape for site in self.sites}
+        conv_groups = {site.name: site.conv_groups for site in self.sites}
         full = {name: list(each) for name, each in self.candidates.items()}
         for name, structure in self.eligible.prescribed.items():
             macs = None
             if self.positions is not None:
-                macs = self.positions.get(name, 0) * multiply_adds(structure, shapes[name])
+                macs = self.positions.get(name, 0) * multiply_adds(
+                    structure, shapes[name], conv_groups=conv_groups[name]
+                )
             stored = structure.parameters(shapes[name])
             full[name] = [Candidate(str(structure), stored, stored * self.itemsize, macs, 0.0)]
         return full

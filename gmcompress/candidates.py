@@ -10,10 +10,12 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
+from . import products
 from .errors import GMError
 from .factors import Metric, Tensors, start_factors
 from .fitting import OVERHEAD, refine
 from .groups import Group, quotients
+from .products import Window, why_slow
 from .projection import project
 from .selection import Candidate
 from .structure import Structure, expand
@@ -52,16 +54,33 @@ class Subject:
         """The candidate with its exact costs."""
         dense = self.weight.numel()
         stored = dense if structure is None else structure.parameters(self.shape)
-        macs = None if self.positions is None else self.positions * multiply_adds(structure, self.shape)
+        macs = (
+            None
+            if self.positions is None
+            else self.positions * multiply_adds(structure, self.shape, conv_groups=self.conv_groups)
+        )
         return Candidate(None if structure is None else str(structure), stored, stored * self.itemsize, macs, loss)
 
 
-def multiply_adds(structure: Structure | None, shape: Sequence[int]) -> int:
-    """Multiply-adds for one output position of a layer, whichever is less of the dense product and the factors'."""
+def multiply_adds(structure: Structure | None, shape: Sequence[int], *, conv_groups: int = 1) -> int:
+    """Multiply-adds for one output position of a layer, whichever is less of the dense and the fast product.
+
+    A kernel of odd size is taken to see each input position once, one of even size to cut the image into patches.
+
+    >>> multiply_adds(Structure.parse("C2^2"), (64, 64, 3, 3))  # a quarter of 36,864, and two transforms
+    9728
+    """
     dense = prod(shape)
-    if structure is None or structure.group is not None:
+    if structure is None:
         return dense
-    return min(dense, structure.parameters(shape))
+    if structure.group is None:
+        return min(dense, structure.parameters(shape))
+    if why_slow(structure, conv_groups) is not None or len(shape) not in (2, 4):
+        return dense
+    taps = tuple(shape[2:]) or (1, 1)
+    sizes = tuple(1 if each % 2 else each for each in taps)
+    window = Window(padding=(taps[0] // 2 * (taps[0] % 2), taps[1] // 2 * (taps[1] % 2)))
+    return min(dense, products.multiply_adds(structure, shape, (1, *sizes), window))
 
 
 def rank_within(shape: Sequence[int], limit: int, *, grid: tuple[int, int] | None, split: bool) -> int:

@@ -143,9 +143,10 @@ class _Costs:
         """The same for the network that a plan makes."""
         spared = saved = 0
         for name in plan.layers:
-            shape, structure = plan.site(name).shape, Structure.parse(plan.layers[name])
+            site, structure = plan.site(name), Structure.parse(plan.layers[name])
+            shape, conv_groups = site.shape, site.conv_groups
             spared += prod(shape) - structure.parameters(shape)
-            saved += self.positions[name] * (prod(shape) - multiply_adds(structure, shape))
+            saved += self.positions[name] * (prod(shape) - multiply_adds(structure, shape, conv_groups=conv_groups))
         parameters, held, macs = (self.dense[name] for name in ("parameters", "bytes", "macs"))
         return {"parameters": parameters - spared, "bytes": held - self.itemsize * spared, "macs": macs - saved}
 
