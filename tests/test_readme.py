@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,3 +99,42 @@ def test_the_measured_table_is_that_of_the_benchmark():
     shown = re.findall(r"^\| (C\S+ \| (?:structure|SVD|shuffled).*) \|$", (ROOT / "README.md").read_text(), re.M)
     assert len(shown) == 8
     assert set(shown) <= measured
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """The lines of one benchmark."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(name: str) -> set[str]:
+    """The rows of one table of the README."""
+    text = (ROOT / "README.md").read_text()
+    body = text.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
+    return set(body.strip().splitlines()[2:])
+
+
+def test_the_tables_of_budgets_are_those_of_the_benchmarks():
+    def line(row, *numbers):
+        return " | ".join(["", row["budget"], row["competitor"], f"{100 * row['kept']:.1f} %", *numbers, ""]).strip()
+
+    def decimal(value):
+        return "-" if value is None else f"{value:.2f}"
+
+    rows = [row for row in results("accuracy_budgets") if row["competitor"] != "dense"]
+    assert table("accuracy_budgets") == {line(row, decimal(row["raw"]), decimal(row["tuned"])) for row in rows}
+    rows = [row for row in results("transformer") if row["competitor"] != "dense"]
+    assert table("transformer") == {line(row, f"{row['raw']:.1f}") for row in rows}
+
+
+def test_the_tables_of_speed_are_those_of_the_benchmark():
+    layers, models = set(), set()
+    for row in results("speed"):
+        dense, ours = (row["competitors"][name]["ms"] for name in ("dense", "ours"))
+        if row["part"] == "model":
+            cells = [f"{100 * row['kept']:.1f} %", f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}"]
+            cells.append(f"{row['structured']} of {row['layers']}")
+        else:
+            cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}"]
+        (models if row["part"] == "model" else layers).add(f"| {row['what']} | {row['batch']} | {' | '.join(cells)} |")
+    assert (table("speed layers"), table("speed models")) == (layers, models)
