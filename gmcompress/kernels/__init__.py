@@ -1,0 +1,237 @@
+"""Triton kernels for the fast product of linear layers: one launch in place of some ten calls of torch.
+
+The group is one whose real irreducibles `products` couples in one combination without copies, on at most two axes: in
+particular C_n, C_a x C_b and C2^k. Data is bfloat16, float16 or float32; sums are float32. The kernel reads what
+`products.prepare` made, and `supports` says where it does not apply: there the product of torch stays. What is here was
+checked in Triton's interpreter and by compiling it for compute capability 9.0; no choice of tiles was tuned on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GMError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ORDER = 1024  # of the group, at most
+NARROW = 16  # least length of the sums of a matrix product on tensor cores
+ENTRIES = 1 << 15  # of one tile, at most: more do not fit into the registers of one program
+PROGRAMS = 132  # that run at once: the multiprocessors of an H200
+TRIED = 6  # choices of tiles that are timed, once for every layer shape and power of two of the batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shape of a product; the names are those of the kernel."""
+
+    I: int  # noqa: E741 - input blocks
+    O: int  # noqa: E741 - output blocks
+    MORE: int  # 1 and the displacement rank
+    A: int  # length of the first axis of the group
+    B: int  # length of the second one, 1 where there is none
+    S: int  # size of the irreducibles of the first axis
+    T: int  # and of the second one
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What one program of the kernel handles at a time, all powers of two."""
+
+    BN: int  # inputs
+    IT: int  # input blocks
+    OT: int  # output blocks
+    PT: int  # frequencies of the first axis
+    MP: int  # MORE, A and B made powers of two
+    AP: int
+    BP: int
+
+
+def supports(
+    rows: Tensor,  # (N, columns)
+    ready: Mapping[str, Tensor],
+    sizes: Sequence[int],  # of the irreducibles, for every axis
+    bias: Tensor | None = None,
+    *,
+    interpret: bool = False,  # on the CPU, by Triton's interpreter
+) -> str | None:
+    """Why the kernel is not for this call, None where it is.
+
+    >>> supports(torch.zeros(1, 4), {"basis0": torch.eye(4), "spectrum0": torch.zeros(2, 2, 2)}, (2,))
+    'the inputs are not on a CUDA device'
+    """
+    if not rows.is_cuda and not interpret:
+        return "the inputs are not on a CUDA device"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    problem = _why_now(rows, ready, bias)
+    if problem is not None:
+        return problem
+    if "spectrum1" in ready:
+        return "the irreducibles of the group fall into more than one combination"
+    if len(sizes) > 2:
+        return "the group has more than two axes"
+    case = _case(rows, ready, sizes)
+    order = case.A * case.B
+    if order > ORDER:
+        return f"the order of the group is above {ORDER}"
+    if ready["spectrum0"].dim() != 3 or ready["spectrum0"].shape[0] * case.S * case.T != order:
+        return "the irreducibles of the group stand there in several copies"
+    if any(size & (size - 1) for size in (case.S, case.T)):
+        return "the size of the irreducibles is no power of two"
+    if rows.shape[0] == 0:
+        return "there are no inputs"
+    if _tiles(case, _bucket(rows), rows.dtype, rows.device) is None:
+        return "no choice of tiles fits the device"
+    return None
+
+
+def _why_now(rows: Tensor, ready: Mapping[str, Tensor], bias: Tensor | None) -> str | None:
+    """Why a kernel is not for these tensors in this state of torch."""
+    every = [rows, *ready.values(), *([] if bias is None else [bias])]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the call is being traced"
+    if torch._C._len_torch_dispatch_stack() or any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in every):
+        return "the call is watched or transformed: a count of operations, a fake tensor, vmap"
+    if torch.is_grad_enabled() and any(each.requires_grad for each in every):
+        return "a gradient is wanted"
+    if torch.is_autocast_enabled(rows.device.type):
+        return "autocast is on"
+    if rows.dtype not in DTYPES or any(each.dtype != rows.dtype for each in every):
+        return "the tensors are not all bfloat16, all float16 or all float32"
+    if any(each.device != rows.device for each in every):
+        return "the tensors are on several devices"
+    return None
+
+
+def product(
+    rows: Tensor,  # (N, columns)
+    ready: Mapping[str, Tensor],
+    sizes: Sequence[int],
+    bias: Tensor | None = None,
+    *,
+    interpret: bool = False,
+) -> Tensor:  # (N, rows)
+    """The group part of x Wᵀ, with the bias if it is given, in one launch.
+
+    Raises:
+        GMError: `supports` has a reason against it.
+    """
+    problem = supports(rows, ready, sizes, bias, interpret=interpret)
+    if problem is not None:
+        raise GMError(f"no kernel for this product: {problem}")
+    case = _case(rows, ready, sizes)
+    tiles = _tiles(case, _bucket(rows), rows.dtype, rows.device)
+    assert tiles is not None, "supports found one"
+    return _launch(rows.contiguous(), ready, bias, case, tiles)
+
+
+def _case(rows: Tensor, ready: Mapping[str, Tensor], sizes: Sequence[int]) -> Case:
+    axes = [ready[f"basis{number}"].shape[0] for number in range(len(sizes))]
+    more = ready["gates"].shape[1] + 1 if "gates" in ready else 1
+    (a, b), (s, t) = (axes + [1])[:2], (*sizes, 1)[:2]
+    outputs = ready["spectrum0"].shape[1] // (prod(sizes) * more)
+    return Case(rows.shape[1] // (a * b), outputs, more, a, b, s, t)
+
+
+def _launch(rows: Tensor, ready: Mapping[str, Tensor], bias: Tensor | None, case: Case, tiles: Tiles) -> Tensor:
+    from .fused import fused
+
+    count = rows.shape[0]
+    out = rows.new_empty(count, case.O * case.A * case.B)
+    spare = ready["basis0"]  # in place of what there is not
+    tensors = (ready["basis0"], ready.get("basis1", spare), ready["spectrum0"], ready.get("gates", spare))
+    grid = (-(-count // tiles.BN), -(-case.O // tiles.OT))
+    settings = asdict(case) | asdict(tiles) | {"BIAS": bias is not None, "num_warps": _warps(tiles), "num_stages": 1}
+    with torch.cuda.device(rows.device if rows.is_cuda else -1):
+        fused[grid](rows, *(each.contiguous() for each in tensors), spare if bias is None else bias, out, count, **settings)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice of tiles.
+
+
+def _bucket(rows: Tensor) -> int:
+    """The power of two at or above the number of inputs: numbers alike share their tiles."""
+    return _power(rows.shape[0])
+
+
+def _power(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _warps(tiles: Tiles) -> int:
+    return 8 if tiles.BN * max(tiles.IT, tiles.OT * tiles.MP) * tiles.AP * tiles.BP >= 1 << 13 else 4
+
+
+def candidates(case: Case, batch: int) -> list[Tiles]:
+    """The choices of tiles that fit, those with the least traffic over the busiest multiprocessor first.
+
+    An estimate: reads of inputs and spectra, of all rounds of programs one after the other.
+
+    >>> candidates(Case(4, 4, 1, 32, 32, 2, 2), 8192)[0].IT
+    4
+    """
+    size = case.S * case.T
+    fixed = (_power(case.MORE), max(NARROW, _power(case.A)), max(NARROW, _power(case.B)) if case.B > 1 else 1)
+    inputs = _powers(max(1, NARROW // size), max(NARROW // size, _power(case.I)))
+    frequencies = _powers(NARROW, min(64, fixed[1]))
+    found = []
+    for each in itertools.product(_powers(1, min(64, batch)), inputs, _powers(1, _power(case.O)), frequencies):
+        tiles = Tiles(*each, *fixed)
+        largest, cost = _costs(case, tiles, batch)
+        if largest <= ENTRIES:
+            found.append((cost, tiles))
+    return [tiles for _, tiles in sorted(found, key=lambda pair: pair[0])]
+
+
+def _powers(least: int, most: int) -> list[int]:
+    return [1 << each for each in range(least.bit_length() - 1, most.bit_length())]
+
+
+def _costs(case: Case, tiles: Tiles, batch: int) -> tuple[int, int]:
+    """Entries of the largest tile, and those read by one program times the rounds of programs."""
+    size, wide = case.S * case.T, tiles.OT * tiles.MP
+    blocks = (tiles.PT // case.S) * (tiles.BP // case.T)
+    signal, matrix = tiles.BN * tiles.IT * tiles.AP * tiles.BP, blocks * size**2 * wide * tiles.IT
+    found, coupled = tiles.BN * wide * tiles.AP * tiles.BP, blocks * size * max(wide, tiles.IT) * tiles.BN
+    steps = -(-case.A // tiles.PT) * -(-case.I // tiles.IT)
+    programs = -(-batch // tiles.BN) * -(-case.O // tiles.OT)
+    return max(signal, matrix, found, coupled), -(-programs // PROGRAMS) * (steps * (signal + matrix) + found)
+
+
+@lru_cache(maxsize=1024)
+def _tiles(case: Case, batch: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
+    """The fastest of the first candidates on this device, None where none fits; the first one in the interpreter."""
+    choices = candidates(case, batch)[:TRIED]
+    if device.type != "cuda":
+        return choices[0] if choices else None
+    timed = [(_milliseconds(case, each, batch, dtype, device), number) for number, each in enumerate(choices)]
+    known = [each for each in timed if each[0] is not None]
+    return choices[min(known)[1]] if known else None  # type: ignore[type-var]
+
+
+def _milliseconds(case: Case, tiles: Tiles, batch: int, dtype: torch.dtype, device: torch.device) -> float | None:
+    """Of one launch on zeros; None where the tiles do not fit the device."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.testing import do_bench
+
+    size, options = case.S * case.T, {"dtype": dtype, "device": device}
+    shapes: dict[str, tuple[int, ...]] = {"basis0": (case.A, case.A), "basis1": (case.B, case.B)}
+    shapes["spectrum0"] = (case.A * case.B // size, size * case.O * case.MORE, size * case.I)
+    shapes["gates"] = (case.O, case.MORE - 1, case.A * case.B)
+    ready: dict[str, Any] = {name: torch.zeros(shape, **options) for name, shape in shapes.items()}
+    rows = torch.zeros(batch, case.I * case.A * case.B, **options)
+    try:
+        return float(do_bench(lambda: _launch(rows, ready, None, case, tiles), return_mode="median"))
+    except (OutOfResources, PTXASError):
+        return None
