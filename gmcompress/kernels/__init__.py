@@ -14,19 +14,16 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import GMError
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ORDER = 1024  # of the group, at most
-NARROW = 16  # least length of the sums of a matrix product on tensor cores
-ENTRIES = 1 << 15  # of one tile, at most: more do not fit into the registers of one program
+NARROW = 32  # bytes of the shortest sum that a matrix product on tensor cores takes
+TILE = 1 << 16  # bytes of one tile of the inputs' dtype, at most: more do not fit into the registers of one program
 PROGRAMS = 132  # that run at once: the multiprocessors of an H200
-TRIED = 6  # choices of tiles that are timed, once for every layer shape and power of two of the batch
+TRIED = 4  # choices of tiles that are timed, once for every layer shape and power of two of the batch
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def supports(
     """
     if not rows.is_cuda and not interpret:
         return "the inputs are not on a CUDA device"
-    if find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed"
     problem = _why_now(rows, ready, bias)
     if problem is not None:
@@ -92,6 +89,11 @@ def supports(
     if _tiles(case, _bucket(rows), rows.dtype, rows.device) is None:
         return "no choice of tiles fits the device"
     return None
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _why_now(rows: Tensor, ready: Mapping[str, Tensor], bias: Tensor | None) -> str | None:
@@ -117,17 +119,11 @@ def product(
     ready: Mapping[str, Tensor],
     sizes: Sequence[int],
     bias: Tensor | None = None,
-    *,
-    interpret: bool = False,
 ) -> Tensor:  # (N, rows)
-    """The group part of x Wᵀ, with the bias if it is given, in one launch.
+    """The group part of x Wᵀ, with the bias if it is given, in one launch; only where `supports` has no reason against.
 
-    Raises:
-        GMError: `supports` has a reason against it.
+    The first call of a shape compiles and times some choices of tiles: make it before a CUDA graph is captured.
     """
-    problem = supports(rows, ready, sizes, bias, interpret=interpret)
-    if problem is not None:
-        raise GMError(f"no kernel for this product: {problem}")
     case = _case(rows, ready, sizes)
     tiles = _tiles(case, _bucket(rows), rows.dtype, rows.device)
     assert tiles is not None, "supports found one"
@@ -137,7 +133,7 @@ def product(
 def _case(rows: Tensor, ready: Mapping[str, Tensor], sizes: Sequence[int]) -> Case:
     axes = [ready[f"basis{number}"].shape[0] for number in range(len(sizes))]
     more = ready["gates"].shape[1] + 1 if "gates" in ready else 1
-    (a, b), (s, t) = (axes + [1])[:2], (*sizes, 1)[:2]
+    (a, b), (s, t) = (*axes, 1)[:2], (*sizes, 1)[:2]
     outputs = ready["spectrum0"].shape[1] // (prod(sizes) * more)
     return Case(rows.shape[1] // (a * b), outputs, more, a, b, s, t)
 
@@ -150,9 +146,12 @@ def _launch(rows: Tensor, ready: Mapping[str, Tensor], bias: Tensor | None, case
     spare = ready["basis0"]  # in place of what there is not
     tensors = (ready["basis0"], ready.get("basis1", spare), ready["spectrum0"], ready.get("gates", spare))
     grid = (-(-count // tiles.BN), -(-case.O // tiles.OT))
-    settings = asdict(case) | asdict(tiles) | {"BIAS": bias is not None, "num_warps": _warps(tiles), "num_stages": 1}
+    flags = {"BIAS": bias is not None, "WIDE": not rows.is_cuda}
+    how = {"num_warps": _warps(tiles), "num_stages": 1, "enable_fp_fusion": True}
+    settings = asdict(case) | asdict(tiles) | flags | how
     with torch.cuda.device(rows.device if rows.is_cuda else -1):
-        fused[grid](rows, *(each.contiguous() for each in tensors), spare if bias is None else bias, out, count, **settings)
+        last = (spare if bias is None else bias, out, count)
+        fused[grid](rows, *(each.contiguous() for each in tensors), *last, **settings)
     return out
 
 
@@ -173,23 +172,23 @@ def _warps(tiles: Tiles) -> int:
     return 8 if tiles.BN * max(tiles.IT, tiles.OT * tiles.MP) * tiles.AP * tiles.BP >= 1 << 13 else 4
 
 
-def candidates(case: Case, batch: int) -> list[Tiles]:
+def candidates(case: Case, batch: int, itemsize: int) -> list[Tiles]:
     """The choices of tiles that fit, those with the least traffic over the busiest multiprocessor first.
 
-    An estimate: reads of inputs and spectra, of all rounds of programs one after the other.
+    An estimate: reads of inputs and spectra, of all rounds of programs one after the other. `itemsize` is in bytes.
 
-    >>> candidates(Case(4, 4, 1, 32, 32, 2, 2), 8192)[0].IT
-    4
+    >>> candidates(Case(4, 4, 1, 32, 32, 2, 2), 8192, 2)[0]
+    Tiles(BN=8, IT=4, OT=2, PT=32, MP=1, AP=32, BP=32)
     """
-    size = case.S * case.T
-    fixed = (_power(case.MORE), max(NARROW, _power(case.A)), max(NARROW, _power(case.B)) if case.B > 1 else 1)
-    inputs = _powers(max(1, NARROW // size), max(NARROW // size, _power(case.I)))
-    frequencies = _powers(NARROW, min(64, fixed[1]))
+    size, narrow = case.S * case.T, NARROW // itemsize
+    fixed = (_power(case.MORE), max(narrow, _power(case.A)), max(narrow, _power(case.B)) if case.B > 1 else 1)
+    inputs = _powers(max(1, narrow // size), max(narrow // size, _power(case.I)))
+    frequencies = _powers(narrow, min(128 // itemsize, fixed[1]))
     found = []
     for each in itertools.product(_powers(1, min(64, batch)), inputs, _powers(1, _power(case.O)), frequencies):
         tiles = Tiles(*each, *fixed)
         largest, cost = _costs(case, tiles, batch)
-        if largest <= ENTRIES:
+        if largest * itemsize <= TILE:
             found.append((cost, tiles))
     return [tiles for _, tiles in sorted(found, key=lambda pair: pair[0])]
 
@@ -206,18 +205,24 @@ def _costs(case: Case, tiles: Tiles, batch: int) -> tuple[int, int]:
     found, coupled = tiles.BN * wide * tiles.AP * tiles.BP, blocks * size * max(wide, tiles.IT) * tiles.BN
     steps = -(-case.A // tiles.PT) * -(-case.I // tiles.IT)
     programs = -(-batch // tiles.BN) * -(-case.O // tiles.OT)
-    return max(signal, matrix, found, coupled), -(-programs // PROGRAMS) * (steps * (signal + matrix) + found)
+    largest = max(signal, matrix, found, coupled, tiles.AP * tiles.PT)
+    return largest, -(-programs // PROGRAMS) * (steps * (signal + matrix) + found)
 
 
 @lru_cache(maxsize=1024)
 def _tiles(case: Case, batch: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
     """The fastest of the first candidates on this device, None where none fits; the first one in the interpreter."""
-    choices = candidates(case, batch)[:TRIED]
+    choices = candidates(case, batch, dtype.itemsize)
     if device.type != "cuda":
         return choices[0] if choices else None
-    timed = [(_milliseconds(case, each, batch, dtype, device), number) for number, each in enumerate(choices)]
-    known = [each for each in timed if each[0] is not None]
-    return choices[min(known)[1]] if known else None  # type: ignore[type-var]
+    timed: list[tuple[float, int]] = []
+    for number, each in enumerate(choices[: 3 * TRIED]):
+        found = _milliseconds(case, each, batch, dtype, device)
+        if found is not None:
+            timed.append((found, number))
+        if len(timed) == TRIED:
+            break
+    return choices[min(timed)[1]] if timed else None
 
 
 def _milliseconds(case: Case, tiles: Tiles, batch: int, dtype: torch.dtype, device: torch.device) -> float | None:
@@ -225,13 +230,13 @@ def _milliseconds(case: Case, tiles: Tiles, batch: int, dtype: torch.dtype, devi
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
-    size, options = case.S * case.T, {"dtype": dtype, "device": device}
+    size = case.S * case.T
     shapes: dict[str, tuple[int, ...]] = {"basis0": (case.A, case.A), "basis1": (case.B, case.B)}
     shapes["spectrum0"] = (case.A * case.B // size, size * case.O * case.MORE, size * case.I)
     shapes["gates"] = (case.O, case.MORE - 1, case.A * case.B)
-    ready: dict[str, Any] = {name: torch.zeros(shape, **options) for name, shape in shapes.items()}
-    rows = torch.zeros(batch, case.I * case.A * case.B, **options)
+    shapes["rows"] = (batch, case.I * case.A * case.B)
+    ready = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     try:
-        return float(do_bench(lambda: _launch(rows, ready, None, case, tiles), return_mode="median"))
+        return float(do_bench(lambda: _launch(ready["rows"], ready, None, case, tiles), return_mode="median"))
     except (OutOfResources, PTXASError):
         return None

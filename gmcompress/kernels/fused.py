@@ -3,6 +3,10 @@
 This file imports Triton, so nothing but the functions that launch the kernel may import it.
 """
 
+# mypy: disallow-untyped-defs=False
+# ruff: noqa: E741, N803
+# (what a kernel of Triton takes has no type of Python's; its constants are written in capitals)
+
 from __future__ import annotations
 
 import triton
@@ -53,6 +57,13 @@ def _basis(basis, point, frequency, N: tl.constexpr):  # (points, frequencies)
 
 
 @triton.jit
+def _dot(left, right, WIDE: tl.constexpr):  # WIDE: the interpreter multiplies the bits of bfloat16 as integers
+    if WIDE:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
 def _finish(  # (BN·OT·MP·BP, AP): gates, bias, and out to memory
     found, gates, bias, out, rows, batch, first,
     O: tl.constexpr, MORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BN: tl.constexpr,
@@ -89,6 +100,7 @@ def fused(
     I: tl.constexpr, O: tl.constexpr, MORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     S: tl.constexpr, T: tl.constexpr, BN: tl.constexpr, IT: tl.constexpr, OT: tl.constexpr,
     PT: tl.constexpr, MP: tl.constexpr, AP: tl.constexpr, BP: tl.constexpr, BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BN rows and OT output blocks; PT frequencies of the first axis and IT input blocks at a time.
 
@@ -104,21 +116,21 @@ def fused(
         coupled = tl.zeros(((PT // S) * (BP // T), S * T * OT * MP, BN), tl.float32)
         for inner in range(0, I, IT):
             given = _signal(x, rows, batch, inner, I, A, B, BN, IT, AP, BP)
-            part = tl.dot(given, tall, input_precision="ieee").to(dtype)
+            part = _dot(given, tall, WIDE).to(dtype)
             if B > 1:
                 part = tl.permute(tl.reshape(part, (BN * IT, BP, PT)), (0, 2, 1))
                 part = tl.reshape(part, (BN * IT * PT, BP))
-                part = tl.dot(part, _basis(basis1, wide, wide, B), input_precision="ieee").to(dtype)
+                part = _dot(part, _basis(basis1, wide, wide, B), WIDE).to(dtype)
             part = tl.permute(tl.reshape(part, (BN, IT, PT // S, S, BP // T, T)), (2, 4, 3, 5, 1, 0))
             part = tl.reshape(part, ((PT // S) * (BP // T), S * T * IT, BN))
             matrix = _matrix(spectrum, frequency, first, inner, I, O, MORE, A, B, S, T, IT, OT, MP, PT, BP)
-            coupled = tl.dot(matrix, part, acc=coupled, input_precision="ieee")
+            coupled += _dot(matrix, part, WIDE)
         back = tl.reshape(coupled.to(dtype), (PT // S, BP // T, S, T, OT * MP, BN))
         back = tl.reshape(tl.permute(back, (5, 4, 0, 2, 1, 3)), (BN * OT * MP * PT, BP))
         if B > 1:
             turned = tl.permute(_basis(basis1, wide, wide, B), (1, 0))
-            back = tl.dot(back, turned, input_precision="ieee").to(dtype)
+            back = _dot(back, turned, WIDE).to(dtype)
         back = tl.permute(tl.reshape(back, (BN * OT * MP, PT, BP)), (0, 2, 1))
         back = tl.reshape(back, (BN * OT * MP * BP, PT))
-        found = tl.dot(back, tl.permute(tall, (1, 0)), acc=found, input_precision="ieee")
+        found += _dot(back, tl.permute(tall, (1, 0)), WIDE)
     _finish(found, gates, bias, out, rows, batch, first, O, MORE, A, B, BN, OT, MP, AP, BP, BIAS)
