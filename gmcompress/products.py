@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 
 import torch
@@ -344,7 +344,9 @@ def linear(
     if torch.compiler.is_compiling():
         return _rows_product(rows, ready, structure, layout, bias).reshape(*given.shape[:-1], -1)
     sizes = layout.combinations[0].sizes
-    if (rows.is_cuda or interpret) and kernels.supports(rows, ready, sizes, bias, interpret=interpret) is None:
+    fits = (rows.is_cuda or interpret) and kernels.supports(rows, ready, sizes, bias, interpret=interpret) is None
+    plain = partial(_rows_product, structure=structure, layout=layout, bias=bias) if fits else None
+    if plain and (interpret or kernels.pays(rows, ready, sizes, plain)):
         group = kernels.product(rows, ready, sizes, bias)
         whole = group + _factor_linear(rows, ready, structure) if "left" in ready else group
         return whole.reshape(*given.shape[:-1], -1)

@@ -78,5 +78,6 @@ def errors(about: tuple[str, tuple[int, int], int, bool], dtype: torch.dtype, de
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
+    kernels.pays = lambda *_given: True  # type: ignore[assignment]
     each = {f"{case} {name}": errors(case, dtype, sys.argv[1]) for case in CASES for name, dtype in DTYPES.items()}
     print(json.dumps(each))

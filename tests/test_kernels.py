@@ -161,3 +161,19 @@ def test_every_case_has_tiles(case, batch, itemsize):
         assert_covers(case, each, 32 // itemsize)
         assert batch >= each.BN
     must_fail(assert_covers, Case(1, 1, 5, 2048, 1, 2, 1), found[0], 16)
+
+
+@TRITON
+def test_the_faster_one_is_measured_once(monkeypatch):
+    asked: list[str] = []
+
+    def measured(call, **_options):
+        asked.append(call())
+        return {"kernel": 2.0, "torch": 3.0 if len(asked) == 2 else 1.0}[asked[-1]]
+
+    monkeypatch.setattr("triton.testing.do_bench", measured)
+    monkeypatch.setattr(kernels, "_launch", lambda *_given: "kernel")
+    ready = prepare({"kernel": torch.ones(1, 1, 8)}, Structure.parse("C8"))
+    for count, wanted in ((3, True), (4, True), (5, False), (8, False)):
+        assert kernels.pays(torch.ones(count, 8), ready, (2,), lambda *_given: "torch") == wanted
+    assert asked == ["kernel", "torch"] * 2

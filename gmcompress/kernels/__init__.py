@@ -2,18 +2,21 @@
 
 The group is one whose real irreducibles `products` couples in one combination without copies, on at most two axes: in
 particular C_n, C_a x C_b and C2^k. Data is bfloat16, float16 or float32; sums are float32. The kernel reads what
-`products.prepare` made, and `supports` says where it does not apply: there the product of torch stays. What is here was
-checked in Triton's interpreter and by compiling it for compute capability 9.0; no choice of tiles was tuned on a GPU.
+`products.prepare` made, and `supports` says where it does not apply: there the product of torch stays.
+
+What is here was checked in Triton's interpreter and by compiling it for compute capability 9.0. No choice of tiles was
+tuned on a GPU, so `pays` measures at the first call of a shape whether the kernel is faster than torch's calls at all.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +131,44 @@ def product(
     tiles = _tiles(case, _bucket(rows), rows.dtype, rows.device)
     assert tiles is not None, "supports found one"
     return _launch(rows.contiguous(), ready, bias, case, tiles)
+
+
+def pays(
+    rows: Tensor,  # (N, columns)
+    ready: Mapping[str, Tensor],
+    sizes: Sequence[int],
+    plain: Callable[[Tensor, Mapping[str, Tensor]], Tensor],  # the same product by torch's calls
+) -> bool:
+    """Whether the kernel takes less time than torch's calls, measured at the first call of a shape and batch.
+
+    A low rank beside the group is not part of the comparison. As all numbers of inputs up to a power of two share one
+    answer, so do layers of equal shape.
+    """
+    group = {name: each for name, each in ready.items() if name not in ("left", "right", "scales")}
+    return _pays(_Question(_case(rows, ready, sizes), _bucket(rows), rows.dtype, rows.device, [rows, group, plain]))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is measured; the call by which it is measured is no part of its identity."""
+
+    case: Case
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    call: list[Any] = field(compare=False)  # rows, ready and plain: emptied once they are measured
+
+
+@lru_cache(maxsize=1024)
+def _pays(question: _Question) -> bool:
+    from triton.testing import do_bench
+
+    rows, ready, plain = question.call
+    question.call.clear()  # the cache keeps the question: it must not keep the tensors
+    tiles = _tiles(question.case, question.batch, question.dtype, question.device)
+    assert tiles is not None, "supports found one"
+    ours = do_bench(lambda: _launch(rows, ready, None, question.case, tiles), return_mode="median")
+    return bool(ours < do_bench(lambda: plain(rows, ready), return_mode="median"))
 
 
 def _case(rows: Tensor, ready: Mapping[str, Tensor], sizes: Sequence[int]) -> Case:
