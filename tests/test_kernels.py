@@ -84,6 +84,8 @@ def reason(text: str, shape: tuple[int, int], change=lambda x, ready: (x, ready)
     [
         ("C8", (16, 8), None),
         ("C3", (6, 6), "more than one combination"),
+        ("C4xC2", (16, 8), "more than one combination"),
+        ("C6xC10", (60, 60), None),
         ("D4", (16, 16), "several copies|more than one combination"),
         ("C64xC32", (2048, 2048), "above 1024"),
         ("C32xC16xC4", (2048, 2048), "above 1024"),

@@ -1,7 +1,7 @@
 """Triton kernels for the fast product of linear layers: one launch in place of some ten calls of torch.
 
-The group is one whose real irreducibles `products` couples in one combination without copies, on at most two axes: in
-particular C_n, C_a x C_b and C2^k. Data is bfloat16, float16 or float32; sums are float32. The kernel reads what
+The group is one whose real irreducibles `products` couples in one combination without copies, on at most two axes: C_n of
+even n, most C_a x C_b of even a and b (not C4xC2), C2^k; odd orders are not. Data is bfloat16, float16 or float32; sums are float32. The kernel reads what
 `products.prepare` made, and `supports` says where it does not apply: there the product of torch stays.
 
 What is here was checked in Triton's interpreter and by compiling it for compute capability 9.0. No choice of tiles was
