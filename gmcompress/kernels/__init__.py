@@ -1,8 +1,8 @@
 """Triton kernels for the fast product of linear layers: one launch in place of some ten calls of torch.
 
-The group is one whose real irreducibles `products` couples in one combination without copies, on at most two axes: C_n of
-even n, most C_a x C_b of even a and b (not C4xC2), C2^k; odd orders are not. Data is bfloat16, float16 or float32; sums are float32. The kernel reads what
-`products.prepare` made, and `supports` says where it does not apply: there the product of torch stays.
+The group is one whose real irreducibles `products` couples in one combination without copies, on at most two axes:
+C_n of even n, most C_a x C_b of even a and b (not C4xC2), C2^k. Data is bfloat16, float16 or float32; sums are float32.
+The kernel reads what `products.prepare` made, and `supports` says where it does not apply: there torch's calls stay.
 
 What is here was checked in Triton's interpreter and by compiling it for compute capability 9.0. No choice of tiles was
 tuned on a GPU, so `pays` measures at the first call of a shape whether the kernel is faster than torch's calls at all.
