@@ -1,6 +1,7 @@
 """How fast the structured products are beside dense layers and other libraries, and whole models frozen "auto".
 
 python benchmarks/speed.py --output speed.jsonl
+python benchmarks/speed.py --device cuda --output speed.jsonl
 python benchmarks/speed.py --parts models --models resnet50 vit_base_patch16_224 convnext_tiny mixer_b16_224
 """
 
@@ -20,6 +21,7 @@ import torch
 from rich.console import Console
 from rows import append_row, machine, prepare_device, read_rows, shown_command
 from speed_cases import CONV, LINEAR, Makers, conv_competitors, linear_competitors
+from speed_device import bandwidth, device_row
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,11 +37,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=["linear", "conv", "models"], default=["linear", "conv"])
+    add("--parts", nargs="+", choices=["linear", "conv", "device", "models"], help="linear conv, on a GPU device too")
     add("--models", nargs="+", default=list(MODELS), help="names of timm, with random weights")
     add("--budget", default="25%", help="of the parameters of the models, planned without data")
     add("--group", help="a literal structure for the models in place of a budget, such as C2^2")
     add("--batches", type=int, nargs="+", default=[1, 32], help="of the models")
+    add("--device-batches", type=int, nargs="+", default=[1, 8192], help="of the part device")
     add("--repeats", type=int, default=50, help="rounds in which all competitors take turns")
     add("--seconds", type=float, default=30.0, help="after which no further round of one case begins")
     add("--device", choices=["cpu", "cuda"], default="cpu")
@@ -47,7 +50,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, default=2)
     add("--output", type=Path, default=Path("speed.jsonl"), help="rows are appended to this file")
     add("--resume", action="store_true", help="models that --output has are not measured again")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.parts = options.parts or ["linear", "conv", *(["device"] if options.device == "cuda" else [])]
+    return options
 
 
 def timed(calls: Mapping[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -137,7 +142,7 @@ class Bench:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Keep a row, append it to the file of results, and show it."""
-        whole = {**row, **self.facts}
+        whole = {**row, **{key: each for key, each in self.facts.items() if key not in row}}
         self.rows.append(whole)
         append_row(self.options.output, whole)
         what = f"{whole['part']} {whole['what']}, batch {whole['batch']}"
@@ -157,6 +162,10 @@ def layers(bench: Bench, parts: Sequence[str]) -> None:
             x = torch.randn(each.batch, each.width, each.size, each.size, **place)
             about = {"part": "conv", "what": f"{each.structure} {each.width}→{each.width} 3×3 at {each.size}²"}
             compare(about, conv_competitors(each), x, each.goal, bench)
+    if "device" in parts:
+        speed = bandwidth(bench.device)
+        for batch in bench.options.device_batches:
+            bench.write(device_row(batch, bench.device, lambda calls: timed(calls, bench.options), speed))
 
 
 def whole_model(bench: Bench, name: str) -> None:
@@ -199,7 +208,7 @@ def whole_model(bench: Bench, name: str) -> None:
 
 def print_tables(bench: Bench) -> None:
     """One table for the layers, with every competitor, and one for the models."""
-    single = [row for row in bench.rows if row["part"] != "model"]
+    single = [row for row in bench.rows if row["part"] in ("linear", "conv")]
     if single:
         names = list(dict.fromkeys(name for row in single for name in row["competitors"]))
         columns = ["layer", "batch#", *(f"{name}#" for name in names), "× dense#", "asked#", "numbers#"]
@@ -215,6 +224,12 @@ def print_tables(bench: Bench) -> None:
             for row in single
         ]
         bench.console.print(make_table("Milliseconds of one call, median of interleaved runs", columns, shown))
+    for row in (each for each in bench.rows if each["part"] == "device"):
+        columns = [f"{row['what']}, batch {row['batch']}", "ms#", "spread#"]
+        shown = [(name, f"{each['ms']:.4f}", f"{each['spread_ms']:.4f}") for name, each in row["competitors"].items()]
+        bench.console.print(make_table("A layer on the device, median of interleaved runs", columns, shown))
+        measured = {key: round(row[key], 3) for key in ("launches_graph", "share_of_floor", "gigabytes_per_second")}
+        bench.console.print(f"{measured}, asked {row['asked']}; kernel: {row['kernel']}", markup=False)
     models = [row for row in bench.rows if row["part"] == "model"]
     if models:
         columns = ["model", "batch#", "kept#", "dense, ms#", "ours, ms#", "× dense#", "fast layers#"]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from . import kernels
 from .errors import GMError
 from .fourier import Fourier, Irreducibles, fourier_axes
 from .groups import Group
@@ -328,8 +329,9 @@ def linear(
     bias: Tensor | None = None,
     *,
     layout: Layout | None = None,  # that of the group, where the caller keeps it: a compiler sees through no cache
+    interpret: bool = False,  # a CUDA kernel on the CPU, by Triton's interpreter
 ) -> Tensor:  # (*batch, rows)
-    """x Wᵀ + b from what `prepare` made of the weight's tensors.
+    """x Wᵀ + b from what `prepare` made of the weight's tensors; on a CUDA device by a kernel, where it has one.
 
     >>> shift = prepare({"kernel": torch.tensor([[[0.0, 1.0, 0.0]]])}, Structure.parse("C3"))
     >>> linear(torch.tensor([[1.0, 2.0, 3.0]]), shift, Structure.parse("C3")).round(decimals=4).tolist()
@@ -341,6 +343,13 @@ def linear(
     layout = layout or layout_of(structure.group)
     if torch.compiler.is_compiling():
         return _rows_product(rows, ready, structure, layout, bias).reshape(*given.shape[:-1], -1)
+    sizes = layout.combinations[0].sizes
+    fits = (rows.is_cuda or interpret) and kernels.supports(rows, ready, sizes, bias, interpret=interpret) is None
+    plain = partial(_rows_product, structure=structure, layout=layout, bias=bias) if fits else None
+    if plain and (interpret or kernels.pays(rows, ready, sizes, plain)):
+        group = kernels.product(rows, ready, sizes, bias)
+        whole = group + _factor_linear(rows, ready, structure) if "left" in ready else group
+        return whole.reshape(*given.shape[:-1], -1)
     widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
     pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
     found = [_rows_product(each, ready, structure, layout, bias) for each in pieces]

@@ -12,7 +12,7 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels"),
     ("factors", "products", "selection", "calibration", "rules", "separation"),
     ("fitting", "layers", "groupconv", "lattice"),
     ("projection", "attaching", "pooling", "homogeneous"),
