@@ -138,3 +138,25 @@ def test_the_tables_of_speed_are_those_of_the_benchmark():
             cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}"]
         (models if row["part"] == "model" else layers).add(f"| {row['what']} | {row['batch']} | {' | '.join(cells)} |")
     assert (table("speed layers"), table("speed models")) == (layers, models)
+
+
+def test_the_tables_of_coverage_are_those_of_the_benchmark():
+    found: dict[str, Any] = {}
+    for row in results("coverage"):
+        if row["model"] or row["family"] not in found:  # a larger limit may have found a model later
+            found[row["family"]] = row
+    tried = [row for row in found.values() if row["model"]]
+    stages = dict.fromkeys(stage for row in tried for stage in row["stages"])
+    passed = {stage: sum(row["stages"].get(stage) in ("ok", "begun") for row in tried) for stage in stages}
+    assert table("coverage") == {f"| {stage} | {count} | {len(tried)} |" for stage, count in passed.items()}
+    mean = 100 * sum(row["reached"] for row in tried) / len(tried)
+    text = (ROOT / "README.md").read_text()
+    assert f"On average {mean:.1f} % of the parameters" in text
+    assert all(family in text for family, row in found.items() if not row["model"])
+    low = {
+        f"| {row['family']} | {row['model']} | {100 * row['reached']:.1f} % | {row['weighs_most']['reason']} "
+        f"({100 * row['weighs_most']['share']:.1f} %) |"
+        for row in tried
+        if row.get("reached", 1) < 0.6
+    }
+    assert table("coverage low") == low
