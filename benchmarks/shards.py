@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress_time import UNITS
 from rows import append_row, machine, shown_command
 
 VOCABULARY = 32000
 LIMIT = 6.0  # gigabytes that must not be passed
-UNITS = 1 if sys.platform == "darwin" else 1024  # bytes in one ru_maxrss
 SHARD = 10**9  # bytes of a shard of the synthetic checkpoint
 
 

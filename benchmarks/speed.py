@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def whole_model(bench: Bench, name: str) -> None:
         x = torch.randn(batch, *size, device=bench.device, dtype=bench.dtype)
         model = gm.freeze(result.model, "auto", inputs=x)
         chosen = [each.path for each in gm.verdicts(model).values()]
-        with torch.inference_mode() if not options.group else nullcontext(), torch.no_grad():
+        with torch.inference_mode():
             times = timed({"dense": lambda: dense(x), "ours": lambda: model(x)}, options)  # noqa: B023
         ratio = times["dense"]["ms"] / times["ours"]["ms"]
         bench.write(

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .attaching import structured
 from .calibration import count_examples, divergence, first_examples, outputs
 from .notes import Notes
-from .sensitivity import floating, sensitivities
-from .surgery import Inputs, call
+from .sensitivity import sensitivities
+from .surgery import Inputs, call, floating
 from .tuning.losses import find_blocks
 
 SIZE = 32  # examples of one step, at most

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .errors import GMError
-from .surgery import Inputs, call, describe
+from .surgery import Inputs, call, describe, floating
 
 SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
 MEMORY = 1 << 29  # bytes of calibration inputs held
@@ -320,7 +320,7 @@ def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
 
 
 def first_output(found: Any) -> Tensor:
-    tensors = [each for each in tree_flatten(found)[0] if isinstance(each, Tensor) and each.is_floating_point()]
+    tensors = floating(found)
     if not tensors:
         raise GMError(f"the model's output, {describe(found)}, holds no tensor of floating point to compare")
     return tensors[0]

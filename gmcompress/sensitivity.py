@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calibration import first_output, likelihood
-from .surgery import Inputs, call
+from .surgery import Inputs, call, floating
 
 DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
-
-
-def floating(outputs: Any) -> list[Tensor]:
-    """The tensors of floating point in what a module returns."""
-    return [each for each in tree_flatten(outputs)[0] if isinstance(each, Tensor) and each.is_floating_point()]
 
 
 def sensitivities(

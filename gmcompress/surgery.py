@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_flatten
 
 from .errors import GMError, nearest_names
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
@@ -158,6 +159,11 @@ def describe(inputs: Any) -> str:
     if isinstance(inputs, list | tuple):
         return "[" + ", ".join(map(describe, inputs)) + "]"
     return type(inputs).__name__
+
+
+def floating(outputs: Any) -> list[Tensor]:
+    """The tensors of floating point in what a module returns."""
+    return [each for each in tree_flatten(outputs)[0] if isinstance(each, Tensor) and each.is_floating_point()]
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:

@@ -166,6 +166,8 @@ def slow_act(table: np.ndarray, g: int, signal: Tensor) -> Tensor:
     return moved
 
 
+SMALL = [name for name, (elements, _) in GROUPS.items() if len(elements) <= 24]
+
 NOT_GROUPS: dict[str, list[list[int]]] = {
     "a loop: Latin, with identity, every element its own inverse, not associative": [
         [0, 1, 2, 3, 4],

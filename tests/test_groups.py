@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import must_fail
-from market import GROUPS, NOT_GROUPS, cayley
+from market import GROUPS, NOT_GROUPS, SMALL, cayley
 
 from gmcompress.errors import GMError
 from gmcompress.groups import (
@@ -37,7 +37,6 @@ from gmcompress.groups import (
     word_lengths,
 )
 
-SMALL = [name for name in GROUPS if group(name).order <= 24]
 TINY = [name for name in GROUPS if group(name).order <= 12]
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import must_fail
-from market import GROUPS, slow_subgroups
+from market import SMALL, slow_subgroups
 
 from gmcompress.errors import GMError
 from gmcompress.groups import (
@@ -24,10 +24,6 @@ from gmcompress.groups import (
     transversal,
     word_lengths,
 )
-
-SMALL = [name for name in GROUPS if group(name).order <= 24]
-TINY = [name for name in GROUPS if group(name).order <= 12]
-
 
 # ---------------------------------------------------------------------------------------------------------------- sets
 

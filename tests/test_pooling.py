@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, must_fail
-from market import GROUPS, slow_act, slow_subgroups
+from market import SMALL, slow_act, slow_subgroups
 from torch import Generator, Tensor, nn
 
 from gmcompress.errors import GMError
 from gmcompress.groups import factor_generators, group, word_lengths
 from gmcompress.pooling import GroupPool, GroupUnpool
-
-SMALL = [name for name in GROUPS if group(name).order <= 24]
 
 
 def slow_pool(name: str, members: list[int], signal: Tensor, mode: str) -> Tensor:

@@ -166,17 +166,18 @@ class GMLayer(nn.Module):
         """What the dense path needs: the weight."""
         return self.weight
 
+    def _stored(self) -> list[nn.Parameter]:
+        return [each for name in self.PARTS if (each := self._parameters.get(name)) is not None]
+
     def _stamps(self) -> tuple[tuple[int, int], ...]:
-        parts = [self._parameters.get(name) for name in self.PARTS]
-        return tuple((0 if p.is_inference() else p._version, p.data_ptr()) for p in parts if p is not None)
+        return tuple((0 if each.is_inference() else each._version, each.data_ptr()) for each in self._stored())
 
     def _kept(self) -> dict[str, Tensor] | None:
         """The kept buffers by name, made anew where the weight changed; None where they cannot be used."""
         if self._stamp is None or self.training:
             return None
         if not torch.compiler.is_compiling():
-            stored = [each for name in self.PARTS if (each := self._parameters.get(name)) is not None]
-            if any(type(each) is not nn.Parameter for each in stored):
+            if any(type(each) is not nn.Parameter for each in self._stored()):
                 return None  # other tensors for the time of one call, as torch.func.functional_call puts in
             if self._stamp != self._stamps():
                 self.freeze_(self.path, self.verdict)
