@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import products
 from .errors import GMError
+from .factored import Window
 from .factors import Metric, Tensors, start_factors
 from .fitting import OVERHEAD, refine
 from .groups import Group, quotients
-from .products import Window, why_slow
+from .products import why_slow
 from .projection import project
 from .selection import Candidate
 from .structure import Structure, expand

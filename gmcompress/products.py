@@ -20,6 +20,8 @@ from torch import Tensor
 
 from . import kernels
 from .errors import GMError
+from .factored import Window, factor_conv2d, factor_linear
+from .fewrows import ROWS, SPECTRUM, few_rows, prepare_few
 from .fourier import Fourier, Irreducibles, fourier_axes
 from .groups import Group
 from .structure import Structure
@@ -27,21 +29,6 @@ from .structure import Structure
 Tensors = dict[str, Tensor]
 
 CACHED = 1 << 21  # bytes of inputs, or outputs, of a linear layer that go through all steps together: a core's cache
-ROWS = 4  # inputs of a linear layer up to which they stay rows; more become the last axis, which needs fewer products
-
-
-@dataclass(frozen=True)
-class Window:
-    """How a convolution moves: stride, zero padding and dilation, (vertical, horizontal)."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    def size(self, along: int, length: int, taps: int) -> int:
-        """Number of outputs along an axis of this length."""
-        covered = self.dilation[along] * (taps - 1) + 1
-        return (length + 2 * self.padding[along] - covered) // self.stride[along] + 1
 
 
 def why_slow(structure: Structure, conv_groups: int = 1) -> str | None:
@@ -104,8 +91,6 @@ class _Combination:
         self.for_product = (*counts, *sizes, 1, 0, *copies, last)
         self.for_images = (0, *copies, *counts, *sizes, 1, last)
         self.from_product, self.from_images = _inverse(self.for_product), _inverse(self.for_images)
-        self.for_rows = self.for_product[:-1]  # there are no positions
-        self.from_rows = _inverse(self.for_rows)
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:
@@ -152,6 +137,17 @@ def prepare(tensors: Mapping[str, Tensor], structure: Structure) -> Tensors:
         return ready
     with torch.autocast(tensors["kernel"].device.type, enabled=False):
         return ready | _spectra(tensors, structure.group)
+
+
+def keep(tensors: Mapping[str, Tensor], structure: Structure) -> Tensors:
+    """What `prepare` makes, and what helps with few inputs, for a weight that stays as it is."""
+    ready = prepare(tensors, structure)
+    if structure.group is None:
+        return ready
+    first, *others = layout_of(structure.group).combinations
+    if others or first.repeats > 1:
+        return ready
+    return ready | prepare_few(ready, first.counts, first.sizes)
 
 
 def _spectra(tensors: Mapping[str, Tensor], group: Group) -> Tensors:
@@ -257,67 +253,6 @@ def _group_product(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, 
     return found.reshape(*found.shape[:3], *size)
 
 
-def _few_rows(rows: Tensor, ready: Mapping[str, Tensor], layout: Layout) -> Tensor:  # (N, columns) -> (N, rows)
-    """The group part applied to few rows, one combination on at most two axes: the same, in fewer operations.
-
-    A product so small takes less time than the calls that lead to it.
-    """
-    (choice,), batch = layout.combinations, rows.shape[0]
-    basis, spectrum, last = ready["basis0"], ready["spectrum0"], layout.lengths[-1]
-    found = torch.mm(rows.reshape(-1, last), ready["basis1"] if len(layout.lengths) == 2 else basis)
-    if len(layout.lengths) == 2:
-        found = torch.matmul(basis.mT, found.view(-1, *layout.lengths))
-    found = found.view(batch, -1, *choice.apart).permute(choice.for_rows).reshape(choice.blocks, spectrum.shape[2], -1)
-    found = torch.bmm(spectrum, found).view(*choice.counts, *choice.sizes, -1, batch, *choice.copies)
-    found = found.permute(choice.from_rows)
-    if len(layout.lengths) == 2:
-        found = torch.matmul(basis, found.reshape(-1, *layout.lengths))
-    found = torch.mm(found.reshape(-1, last), (ready["basis1"] if len(layout.lengths) == 2 else basis).mT)
-    if "gates" in ready:
-        o, rank, n = ready["gates"].shape
-        found = _gated(found.view(batch, o * (1 + rank), n, 1), ready["gates"])
-    return found.view(batch, -1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The factor part.
-
-
-def _factor_linear(rows: Tensor, ready: Mapping[str, Tensor], structure: Structure) -> Tensor:  # (N, columns)
-    left, right = ready["left"].flatten(0, -2), ready["right"].flatten(1)
-    if structure.grid is None:
-        return F.linear(F.linear(rows, right), left)
-    (p, q), rank = structure.grid, len(right)
-    inner = rows.reshape(rows.shape[0], q, -1).transpose(0, 1) @ right.reshape(rank, q, -1).permute(
-        1, 2, 0
-    )  # (Q, N, r)
-    coupled = torch.bmm(inner.permute(2, 1, 0), ready["scales"].permute(2, 1, 0))  # (r, N, Q) (r, Q, P)
-    outer = torch.bmm(coupled.permute(2, 1, 0), left.reshape(p, -1, rank).mT)  # (P, N, r) (P, r, a)
-    return outer.transpose(0, 1).reshape(rows.shape[0], -1)
-
-
-def _factor_conv2d(images: Tensor, ready: Mapping[str, Tensor], structure: Structure, window: Window) -> Tensor:
-    left, right, (p, q) = ready["left"], ready["right"], structure.grid or (1, 1)
-    rank, columns = right.shape[:2]
-    (sy, sx), (py, px), (dy, dx) = window.stride, window.padding, window.dilation
-    if structure.split:
-        first = Window((1, sx), (0, px), (1, dx))
-        second = Window((sy, 1), (py, 0), (dy, 1))
-        taps: tuple[int, ...] = (1, right.shape[2])
-        columnwise = left.mT[..., None]  # (rows, r, ky, 1)
-    else:
-        first, second, taps = window, Window(), tuple(right.shape[2:])
-        columnwise = left[..., None, None]
-    rowwise = right.reshape(rank, q, columns // q, *taps).transpose(0, 1).flatten(0, 1)  # (Q·r, columns/Q, *taps)
-    inner = F.conv2d(images, rowwise, None, first.stride, first.padding, first.dilation, q)
-    if structure.grid is not None:
-        apart = inner.reshape(inner.shape[0], q, rank, -1).permute(2, 1, 0, 3).flatten(2)  # (r, Q, N·positions)
-        coupled = torch.bmm(ready["scales"].permute(2, 0, 1), apart)  # (r, P, N·positions)
-        coupled = coupled.reshape(rank, p, inner.shape[0], -1).permute(2, 1, 0, 3)
-        inner = coupled.reshape(inner.shape[0], p * rank, *inner.shape[2:])
-    return F.conv2d(inner, columnwise, None, second.stride, second.padding, second.dilation, p)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole layers.
 
@@ -337,6 +272,13 @@ def linear(
     >>> linear(torch.tensor([[1.0, 2.0, 3.0]]), shift, Structure.parse("C3")).round(decimals=4).tolist()
     [[2.0, 3.0, 1.0]]
     """
+    if not torch.compiler.is_compiling():
+        if not given.numel():
+            one = torch.cat([given.reshape(0, given.shape[-1]), given.new_zeros(1, given.shape[-1])])
+            single = linear(one, ready, structure, bias, layout=layout)
+            return single[:0].reshape(*given.shape[:-1], single.shape[-1])
+        if SPECTRUM in ready and given.numel() <= ROWS * given.shape[-1]:
+            return _few(given, ready, structure, bias, layout=layout)
     rows = given.reshape(-1, given.shape[-1])
     if structure.group is None:
         return _rows_product(rows, ready, structure, None, bias).reshape(*given.shape[:-1], -1)
@@ -348,12 +290,29 @@ def linear(
     plain = partial(_rows_product, structure=structure, layout=layout, bias=bias) if fits else None
     if plain and (interpret or kernels.pays(rows, ready, sizes, plain)):
         group = kernels.product(rows, ready, sizes, bias)
-        whole = group + _factor_linear(rows, ready, structure) if "left" in ready else group
+        whole = group + factor_linear(rows, ready, structure) if "left" in ready else group
         return whole.reshape(*given.shape[:-1], -1)
     widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
     pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
     found = [_rows_product(each, ready, structure, layout, bias) for each in pieces]
     return (found[0] if len(found) == 1 else torch.cat(found)).reshape(*given.shape[:-1], -1)
+
+
+def _few(
+    given: Tensor, ready: Mapping[str, Tensor], structure: Structure, bias: Tensor | None, *, layout: Layout | None
+) -> Tensor:
+    """The product of few inputs, on the shortest way."""
+    assert structure.group is not None, "few rows are for groups"
+    choice = (layout or layout_of(structure.group)).combinations[0]
+    rows = given.reshape(-1, given.shape[-1])
+    found = few_rows(rows, ready, choice.counts, choice.sizes)
+    if "gates" in ready:
+        found = _gated(found.view(rows.shape[0], -1, structure.group.order, 1), ready["gates"]).flatten(1)
+    if "left" in ready:
+        found = found + factor_linear(rows, ready, structure)
+    if bias is not None:
+        found = found + bias.to(found.dtype)
+    return found.view(*given.shape[:-1], -1)
 
 
 def _rows_product(
@@ -366,13 +325,11 @@ def _rows_product(
         if torch.compiler.is_compiling() or rows.shape[0] > ROWS:  # a graph is for any number of them
             moved = rows.mT.reshape(1, -1, n, rows.shape[0])
             found = _group_product(moved, ready, layout, None).reshape(-1, rows.shape[0]).mT
-        elif len(layout.combinations) == 1 and len(layout.lengths) <= 2:
-            found = _few_rows(rows, ready, layout)
         else:
             found = _group_product(rows.reshape(rows.shape[0], -1, n, 1), ready, layout, None)
             found = found.reshape(rows.shape[0], -1)
     if "left" in ready:
-        factors = _factor_linear(rows, ready, structure)
+        factors = factor_linear(rows, ready, structure)
         found = factors if found is None else found + factors
     assert found is not None, "a structure has a group or a factor part"
     return found if bias is None else found + bias.to(found.dtype)
@@ -390,6 +347,9 @@ def conv2d(
     """The convolution with the weight of whose tensors `prepare` made `ready`; it has one convolution group."""
     if images.dim() == 3:
         return conv2d(images[None], ready, structure, bias, window=window, layout=layout)[0]
+    if not torch.compiler.is_compiling() and not images.shape[0]:
+        one = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
+        return conv2d(one, ready, structure, bias, window=window, layout=layout)[:0]
     found = None
     if structure.group is not None:
         layout = layout or layout_of(structure.group)
@@ -403,7 +363,7 @@ def conv2d(
         else:
             found = _group_product(signal, ready, layout, window).flatten(1, 2)
     if "left" in ready:
-        factors = _factor_conv2d(images, ready, structure, window)
+        factors = factor_conv2d(images, ready, structure, window)
         found = factors if found is None else found + factors
     assert found is not None, "a structure has a group or a factor part"
     return found if bias is None else found + bias.to(found.dtype)[:, None, None]

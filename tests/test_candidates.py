@@ -21,9 +21,10 @@ from gmcompress.candidates import (
     undominated,
 )
 from gmcompress.errors import GMError
+from gmcompress.factored import Window
 from gmcompress.factors import Metric
 from gmcompress.groups import group
-from gmcompress.products import Window, conv2d, linear, prepare
+from gmcompress.products import conv2d, linear, prepare
 from gmcompress.products import multiply_adds as window_macs
 from gmcompress.projection import project
 from gmcompress.selection import Candidate

@@ -12,8 +12,9 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels"),
-    ("factors", "products", "selection", "calibration", "rules", "separation"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels", "fewrows"),
+    ("factors", "factored", "selection", "calibration", "rules", "separation"),
+    ("products",),
     ("fitting", "layers", "groupconv", "lattice"),
     ("projection", "attaching", "pooling", "homogeneous"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),

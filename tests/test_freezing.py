@@ -169,7 +169,7 @@ def test_results_and_reports(monkeypatch):
     times(monkeypatch, 1.0, 0.1)
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-    x = torch.randn(4, 32)
+    x = torch.randn(8, 32)
     result = gm.compress(dense, group="C8", rank=1, inputs=x)
     frozen = gm.freeze(result)
     assert_close(frozen.model(x), result.model(x), slack=10)

@@ -8,7 +8,9 @@ from market import STRUCTURES, random_tensors, slow_expand
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gmcompress.products import ROWS, Window, conv2d, linear, multiply_adds, prepare, why_slow
+from gmcompress.factored import Window
+from gmcompress.fewrows import LARGEST, ROWS, SPECTRUM
+from gmcompress.products import conv2d, keep, linear, multiply_adds, prepare, why_slow
 from gmcompress.structure import Structure, expand
 
 LARGER = [
@@ -38,7 +40,9 @@ def assert_linear(tensors: dict[str, Tensor], weight: Tensor, text: str, rows: i
     structure = Structure.parse(text)
     x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     bias = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert_close(linear(x, prepare(tensors, structure), structure, bias), x @ weight.T + bias)
+    for make in (prepare, keep):
+        assert_close(linear(x, make(tensors, structure), structure, bias), x @ weight.T + bias)
+    assert linear(x[:, None], keep(tensors, structure), structure, bias).shape == (rows, 1, weight.shape[0])
 
 
 @LINEAR
@@ -47,6 +51,38 @@ def test_linear(text, shape, rows):
     structure = Structure.parse(text)
     tensors = tensors_of(structure, shape)
     assert_linear(tensors, expand(tensors, structure, shape), text, rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "helps"),
+    [
+        ("C32xC32", (1024, 2048), True),
+        ("C2xC2xC2+displacement:1", (8, 16), True),
+        ("D4", (8, 8), False),  # irreducibles of two kinds
+        ("C2", (1024, 1024), False),  # more than LARGEST
+    ],
+)
+def test_what_is_kept_for_few_rows(text, shape, helps):
+    structure = Structure.parse(text)
+    kept = keep(tensors_of(structure, shape), structure)
+    assert (SPECTRUM in kept) == helps
+    assert not helps or kept[SPECTRUM].numel() == kept["spectrum0"].numel() <= LARGEST
+    for rows in (0, 1):
+        found = linear(torch.ones(rows, shape[1], dtype=torch.float64), kept, structure)
+        assert found.shape == (rows, shape[0])
+
+
+@pytest.mark.parametrize("text", ["C8", "D4", "lowrank:2", "adapted:2:2x2", "C4+displacement:1+lowrank:1"])
+def test_empty_batches_are_as_those_of_torch(text):
+    structure = Structure.parse(text)
+    tensors = tensors_of(structure, (16, 8))
+    x = torch.zeros(3, 0, 8, dtype=torch.float64, requires_grad=True)
+    found = linear(x, prepare(tensors, structure), structure)
+    assert found.shape == F.linear(x, expand(tensors, structure, (16, 8))).shape
+    found.sum().backward()
+    assert x.grad is not None
+    images, tensors = torch.zeros(0, 8, 5, 5, dtype=torch.float64), tensors_of(structure, (16, 8, 3, 3))
+    assert conv2d(images, prepare(tensors, structure), structure, window=Window()).shape == (0, 16, 3, 3)
 
 
 @pytest.mark.parametrize(("text", "shape"), [each for each in FAST if len(each[1]) == 2 and max(each[1]) < 20])

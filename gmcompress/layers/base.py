@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GMError
-from ..products import Layout, layout_of, prepare, why_slow
+from ..products import Layout, keep, layout_of, prepare, why_slow
 from ..structure import Structure, expand
 
 Path = Literal["dense", "structured"]  # a product with the computed weight, or the fast product of its structure
@@ -139,7 +139,7 @@ class GMLayer(nn.Module):
         self.thaw_()
         with torch.inference_mode(False):
             own = ("gates", "left", "right", "scales")  # parameters, which need no copy
-            made = prepare(self.parts(), self.structure) if path == "structured" else {"weight": self._computed()}
+            made = keep(self.parts(), self.structure) if path == "structured" else {"weight": self._computed()}
             for name, tensor in made.items():
                 if name not in own:
                     self.register_buffer(READY + name, tensor.detach(), persistent=False)

@@ -9,8 +9,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ..errors import GMError
+from ..factored import Window
 from ..groups import Group
-from ..products import Window, conv2d, why_slow
+from ..products import conv2d, why_slow
 from ..structure import Structure
 from .base import GMLayer, filled
 
