@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from cifar import ARCHITECTURES, Block, Images, TrainLoader, accuracy, load_images, load_resnet, plain_batches
+from cifar import ARCHITECTURES, Images, TrainLoader, accuracy, load_images, load_resnet, plain_batches
 from comparison import Bench, add_options, compare, print_tables, recipe_of, shared_facts
 from competitors import COMPETITORS, Case
 from rich.console import Console
@@ -67,8 +67,7 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], notes: Path) 
     data = calibration(train, options.samples, seed=options.calibration_seed)
     folder = notes / f"{options.arch}_{options.samples}_{options.calibration_seed}"
     case = Case(dense, data, folder, options.calibration_seed)
-    blocks = tuple(name for name, each in dense.named_modules() if isinstance(each, Block)) if options.features else ()
-    recipe = recipe_of(options, dense, blocks=blocks)
+    recipe = recipe_of(options)
 
     def judge(model: nn.Module) -> Mapping[str, float]:
         return {"accuracy": accuracy(model, test)}

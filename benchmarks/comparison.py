@@ -19,9 +19,10 @@ from torch import nn
 from gmcompress import GMError
 from gmcompress.tables import make_table, percent
 from gmcompress.tuning import Recipe, fine_tune
-from gmcompress.tuning.recipe import optimizer_name, rates_to_try
+from gmcompress.tuning.recipe import optimizer_name
 
 STEPS = ("raw", "recalibrated", "tuned")
+TRAINED = ("optimizer", "lr", "trial", "tune_seconds")  # facts of every training
 OF_THE_RUN = ("command", "device", "threads", "torch")  # facts in which a row to be taken over may differ
 
 
@@ -88,7 +89,8 @@ def tuned(bench: Bench, model: nn.Module, seed: int) -> tuple[nn.Module, dict[st
         found, history = fine_tune(model, bench.loader, recipe, teacher=bench.case.dense, progress=show)
     trial = json.loads(history[0]["trial"]) if "trial" in history[0] else {"lr": recipe.lr, "losses": None}
     seconds = round(time.perf_counter() - begun, 1)
-    return found, {"lr": trial["lr"], "trial": trial["losses"], "tune_seconds": seconds}
+    name = optimizer_name(model, recipe)
+    return found, {"optimizer": name, "lr": trial["lr"], "trial": trial["losses"], "tune_seconds": seconds}
 
 
 def measure(bench: Bench, competitor: str, budget: str) -> None:
@@ -112,7 +114,7 @@ def measure(bench: Bench, competitor: str, budget: str) -> None:
             judged["tuned"].append(bench.judge(model))
             trainings.append(facts)
             bench.console.print(f"{budget}, {competitor}, seed {seed}: {judged['tuned'][-1]}, {facts}")
-    together = {key: [each[key] for each in trainings] for key in ("lr", "trial", "tune_seconds")}
+    together = {key: [each[key] for each in trainings] for key in TRAINED}
     bench.write({"competitor": competitor, "budget": budget, **described(bench, starts), **together, **means(judged)})
 
 
@@ -216,7 +218,7 @@ def add_options(add: Callable[..., Any], *, competitors: Sequence[str], budgets:
     add("--trial-lrs", type=float, nargs="+", default=[], help="rates of the trial (default: the package's)")
     add("--opt", default="auto", help="optimizer, as timm calls it")
     add("--temperature", type=float, default=4.0)
-    add("--features", type=float, default=0.0, help="weight of the loss between the outputs of the blocks")
+    add("--features", type=float, help="weight of the loss between the outputs of the blocks (default: the package's)")
     add("--seeds", type=int, nargs="+", default=[0], help="of the tuning")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--amp", choices=["no", "bf16", "fp16"], default="no")
@@ -226,13 +228,11 @@ def add_options(add: Callable[..., Any], *, competitors: Sequence[str], budgets:
     add("--resume", action="store_true", help="rows that --output has, with the same settings, are not measured again")
 
 
-def recipe_of(options: argparse.Namespace, model: nn.Module, **fixed: Any) -> Recipe:
-    """The recipe of everybody, with the rates of the trial written out."""
+def recipe_of(options: argparse.Namespace, **fixed: Any) -> Recipe:
+    """The recipe of everybody; an optimizer that is left open is chosen for each model, as the package does."""
     chosen = {"epochs": options.epochs, "minutes": options.minutes, "lr": options.lr, "optimizer": options.opt}
     chosen |= {"temperature": options.temperature, "features": options.features, "amp": options.amp}
-    recipe = Recipe(**chosen, trial_lrs=tuple(options.trial_lrs), device=options.device, **fixed)
-    name = optimizer_name(model, recipe)
-    return replace(recipe, optimizer=name, trial_lrs=rates_to_try(name, recipe))
+    return Recipe(**chosen, trial_lrs=tuple(options.trial_lrs), device=options.device, **fixed)
 
 
 def shared_facts(options: argparse.Namespace, recipe: Recipe, case: Case) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def shared_facts(options: argparse.Namespace, recipe: Recipe, case: Case) -> dic
 
 def write_dense(bench: Bench) -> None:
     """The row of the dense model, against which all others are held."""
-    nothing = {"lr": [], "trial": [], "tune_seconds": []}
+    nothing: dict[str, list[Any]] = {key: [] for key in TRAINED}
     judged = {"raw": [bench.judge(bench.case.dense)], "recalibrated": [], "tuned": []}
     about = described(bench, [Start(bench.case.dense, {}, 0.0)])
     bench.write({"competitor": "dense", "budget": "100%", **about, **nothing, **means(judged)})

@@ -123,7 +123,7 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], notes: Path) 
     judged, truth = images[second].to(device), labels[second].to(device)
     folder = notes / f"{ARCH}_{len(unlabelled)}_{options.split_seed}_{options.calibration_seed}"
     case = Case(dense, unlabelled.split(BATCH), folder, options.calibration_seed)
-    recipe = recipe_of(options, dense, task=0.0)
+    recipe = recipe_of(options, task=0.0)
     wanted = predicted(dense, judged)
 
     def judge(model: nn.Module) -> Mapping[str, float]:

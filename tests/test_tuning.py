@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
 from gmcompress.tuning import Recipe, distillation_loss, find_blocks, fine_tune
+from gmcompress.tuning.trial import chosen
 
 
 def dataset(n=96):
@@ -186,7 +187,7 @@ def test_batches_of_every_kind():
         ({"trial_lrs": 0.1}, "trial_lrs is a sequence"),
         ({"trial_steps": 0}, "trial_steps must be positive"),
         ({"features": 1}, "features=1 compares with a teacher"),
-        ({"blocks": ("0",)}, "only where features"),
+        ({"blocks": ("0",), "features": 0}, "only where features"),
         ({"blocks": "0"}, "blocks is a sequence"),
         ({"features": 1, "blocks": ("9",), "teacher": normed()}, "no module '9'"),
         ({"anneal": 1.5}, "at most 1"),
@@ -238,14 +239,33 @@ def test_the_trial_picks_the_good_rate_and_leaves_no_trace(options, absurd, trai
     must_fail(assert_same_weights, found, other)
 
 
-def test_of_equal_rates_the_smaller_is_taken_and_a_climb_ends():
-    tried = []
-    for rates in [(1e-29, 1e-30), (0.05, 1e5, 1e6)]:
-        _, history = fine_tune(normed(), loader(), Recipe(epochs=1, trial_lrs=rates, recalibrate=False))
-        tried.append(json.loads(history[0]["trial"]))
-    assert tried[0]["lr"] == 1e-30
-    assert list(tried[0]["losses"]) == ["1e-30", "1e-29"]
-    assert list(tried[1]["losses"]) == ["0.05", "100000.0"]
+@pytest.mark.parametrize(
+    ("rates", "tried"),
+    [
+        ((1e5, 0.05, 1e6), ["0.05", "100000.0"]),  # the middle does harm: down from there, and no further up
+        ((0.01, 0.02, 1e5), ["0.01", "0.02", "100000.0"]),  # one too far, so one back
+        ((1e-9, 0.02), ["1e-09", "0.02"]),
+    ],
+)
+def test_the_climb(rates, tried):
+    _, history = fine_tune(normed(), loader(), Recipe(epochs=1, trial_lrs=rates, recalibrate=False))
+    trial = json.loads(history[0]["trial"])
+    assert list(trial["losses"]) == tried
+    assert 1e-6 < trial["lr"] < 1
+    assert trial["losses"][str(trial["lr"])] < trial["start"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "start", "rate"),
+    [
+        ({0.1: 1.0, 0.2: 0.5, 0.4: 0.75}, 1.0, 0.4),  # half of the fall is enough
+        ({0.1: 1.0, 0.2: 0.5, 0.4: 0.76}, 1.0, 0.2),
+        ({0.1: 1.2, 0.2: 1.1, 0.4: 1.1}, 1.0, 0.2),  # nothing helps: the least harm, the smaller of equals
+        ({0.1: 0.5, 0.2: math.inf}, math.inf, 0.1),
+    ],
+)
+def test_the_rate_chosen(losses, start, rate):
+    assert chosen(losses, start) == rate
 
 
 def test_a_resumed_training_tries_nothing(tmp_path):
@@ -284,10 +304,10 @@ class Watched(nn.Linear):
 def test_the_trial_judges_on_batches_that_it_did_not_train_on():
     batches = [(torch.full((2, 4), float(number)), torch.tensor([0, 1])) for number in range(12)]
     fine_tune(Watched(4, 2), batches, Recipe(epochs=1, trial_lrs=(0.01, 0.02), trial_steps=5))
-    trial = Watched.seen[: 2 * (5 + 3)]
+    trial = Watched.seen[: 3 + 2 * (5 + 3)]
     assert {number for training, number in trial if not training} == {0, 1, 2}
     assert [number for training, number in trial if training] == [3, 4, 5, 6, 7] * 2
-    assert [number for _, number in Watched.seen[16:]] == list(range(12))
+    assert [number for _, number in Watched.seen[19:]] == list(range(12))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ TRAINING = {
     "distillation": "weight of the loss against the dense network's outputs",
     "task": "weight of the loss against the labels",
     "temperature": "temperature of the distillation",
-    "features": "weight of the loss against the outputs of the dense network's blocks; 0 for none",
+    "features": "weight of the loss against the outputs of the dense network's blocks, which fades (default: 300)",
     "blocks": "these blocks; by default those found, such as layer1.0",
     "anneal": "share of the steps over which what compression took away fades, in place of being gone at once",
     "recalibrate": "re-estimate BatchNorm statistics before training: auto is where it helps",

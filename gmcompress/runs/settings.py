@@ -69,7 +69,7 @@ class Settings:
     temperature: float = Recipe.temperature
     distillation: float = Recipe.distillation
     task: float = Recipe.task
-    features: float = Recipe.features
+    features: float | None = Recipe.features
     blocks: tuple[str, ...] = Recipe.blocks
     anneal: float = Recipe.anneal
     recalibrate: str = "auto"

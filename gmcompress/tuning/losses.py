@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import GMError
 from ..layers import GMLayer
 from ..surgery import describe, get_modules
-from .recipe import Recipe
+from .recipe import FEATURES, Recipe
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 
@@ -132,16 +132,23 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 class Features:
-    """The blocks of a student and of its teacher whose outputs are compared.
+    """The blocks of a student and of its teacher whose outputs are compared, and the weight of that.
+
+    Where the recipe leaves the weight open there may be none of them; then the loss is zero.
 
     Raises:
-        GMError: no teacher, a name that one of them lacks, or none found.
+        GMError: a weight was given, but no teacher, a name that one of them lacks, or none found.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> None:
+        self.asked, self.named = recipe.features is not None, bool(recipe.blocks)
+        self.weight = FEATURES if recipe.features is None else recipe.features
+        self.student: dict[str, nn.Module] = {}
+        self.teacher: dict[str, nn.Module] = {}
+        if not self.weight or (teacher is None and not self.asked and not self.named):
+            return
         if teacher is None:
-            raise GMError(f"features={recipe.features!r} compares with a teacher, and there is none")
-        self.named = bool(recipe.blocks)
+            raise GMError(f"features={self.weight!r} compares with a teacher, and there is none")
         known = dict(teacher.named_modules())
         names = recipe.blocks or tuple(name for name in find_blocks(student) if name in known)
         self._check(names)
@@ -151,11 +158,12 @@ class Features:
         self,
         ours: Mapping[str, Any],  # outputs by name of block
         theirs: Mapping[str, Any],
-    ) -> Tensor:  # ()
+    ) -> Tensor | float:  # ()
         """The mean over the blocks of ‖h_s − h_t‖² / ‖h_t − mean(h_t)‖², the mean over all entries of h_t.
 
         Raises:
-            GMError: a block that was named gave no tensor, or one of another shape than the teacher's; or all did.
+            GMError: a block that was named gave no tensor, or one of another shape than the teacher's; or all did,
+                though a weight was given.
         """
         names = [name for name in self.student if _same_kind(ours.get(name), theirs.get(name))]
         if self.named:
@@ -164,10 +172,10 @@ class Features:
                     gave, wanted = (describe(each[name]) if name in each else "nothing" for each in (ours, theirs))
                     raise GMError(f"block {name!r} gave {gave}, in the teacher {wanted}: they cannot be compared")
         self._check(names)
-        return torch.stack([_relative(ours[name], theirs[name]) for name in names]).mean()
+        return torch.stack([_relative(ours[name], theirs[name]) for name in names]).mean() if names else 0.0
 
     def _check(self, names: Any) -> None:
-        if not names:
+        if self.asked and not names:
             raise GMError("found no blocks with outputs of the teacher's shapes to compare; name them with blocks=")
 
 

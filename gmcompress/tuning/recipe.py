@@ -9,15 +9,17 @@ from typing import Any
 
 from torch import nn
 
+from ..attaching import structured
 from ..errors import GMError, nearest_names, shown
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SGD_KIN = ("sgd", "nesterov", "momentum")
 SGD_RATES = (0.001, 0.003, 0.01, 0.03)
-OTHER_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+OTHER_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 TRIAL_STEPS = 5, 40  # at least, at most, where the recipe does not say
 TRIAL_SHARE = 0.05  # of all steps, between these two
 LONGEST_WARMUP = 0.5  # of all steps
+FEATURES = 300.0  # weight of the outputs of the blocks, where the recipe does not say
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,17 @@ class Recipe:
     With neither, BatchNorm statistics are re-estimated and nothing is trained.
 
     The loss is `distillation` × T² × KL(teacher ‖ student) at `temperature` T, plus `task` × cross-entropy with the
-    labels, plus `features` × the relative squared error of the outputs of `blocks`, meaned over these modules; without
-    names they are found: the modules with structured layers directly inside the outermost nn.Sequential and
-    nn.ModuleList, such as layer1.0 or blocks.0, whose outputs have the teacher's shapes.
+    labels, plus `features` × the relative squared error of the outputs of `blocks`, meaned over these modules, a weight
+    that falls in a line to zero over the run: what blocks put out says more of every example than the logits do, and
+    brings a compressed network near its teacher sooner. Without names the blocks are found: the modules with structured
+    layers directly inside the outermost nn.Sequential and nn.ModuleList, such as layer1.0 or blocks.0, whose outputs
+    have the teacher's shapes. `features` None is FEATURES = 300 where there is a teacher with such blocks, else 0.
 
-    `optimizer` is a name that timm knows; "auto" is SGD with Nesterov momentum for networks with BatchNorm and AdamW
-    for others. The rate warms up over `warmup` epochs (at most half of the run) and follows a cosine to zero. Where
-    `lr` is None, its peak is found by a trial of `trial_lrs` (by default 0.001, 0.003, 0.01 and 0.03 for SGD and its
-    kin, 3e-5, 1e-4, 3e-4 and 1e-3 for others), each for `trial_steps` steps: by default 5 % of all steps, between 5
-    and 40, and not more than the run has; they come on top of the epochs.
+    `optimizer` is a name that timm knows; "auto" is AdamW, for networks with BatchNorm and without structured layers
+    SGD with Nesterov momentum. The rate warms up over `warmup` epochs (at most half of the run) and follows a cosine to
+    zero. Where `lr` is None, its peak is found by a trial of `trial_lrs` (by default 0.001, 0.003, 0.01 and 0.03 for
+    SGD and its kin, 3e-5, 1e-4, 3e-4, 1e-3 and 3e-3 for others), of each for `trial_steps` steps: by default 5 % of all
+    steps, between 5 and 40, and not more than the run has; they come on top of the epochs.
 
     `weight_decay` acts on matrices and kernels, not on biases and norms. With `decay="weight"` a structured layer is
     decayed as a dense one is, by its computed weight: with SGD and its kin by the gradient of weight_decay/2 × ‖W‖²,
@@ -68,7 +72,7 @@ class Recipe:
     temperature: float = 4.0
     distillation: float = 0.9
     task: float = 0.1
-    features: float = 0.0
+    features: float | None = None
     blocks: tuple[str, ...] = ()
     anneal: float = 0.0
     recalibrate: bool | str = "auto"
@@ -87,8 +91,9 @@ class Recipe:
             if value is not None and not value > 0:
                 raise GMError(f"{key} must be positive, not {value!r}")
         for key in ("epochs", "weight_decay", "momentum", "warmup", "distillation", "task", "features", "anneal"):
-            if not getattr(self, key) >= 0:
-                raise GMError(f"{key} must be at least 0, not {getattr(self, key)!r}")
+            value = getattr(self, key)
+            if not (value is None and key == "features") and not value >= 0:
+                raise GMError(f"{key} must be at least 0, not {value!r}")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 63):
             raise GMError(f"seed must be a whole number from 0 to 2^63 - 1, not {shown(self.seed)}")
         self._check_choices()
@@ -96,7 +101,7 @@ class Recipe:
             raise GMError(f"a run lasts epochs or minutes, not both: {self.epochs!r} and {self.minutes!r} were given")
         if any(not (isinstance(rate, int | float) and 0 < rate < math.inf) for rate in self.trial_lrs):
             raise GMError(f"trial_lrs must be positive numbers, not {self.trial_lrs!r}")
-        if self.blocks and not self.features:
+        if self.blocks and self.features == 0:
             raise GMError(f"blocks {self.blocks!r} are compared only where features, the weight of it, is above 0")
 
     def _check_choices(self) -> None:
@@ -132,14 +137,15 @@ def optimizer_name(model: nn.Module, recipe: Recipe) -> str:
     """
     if recipe.optimizer != "auto":
         return recipe.optimizer
-    return "nesterov" if any(isinstance(each, BATCH_NORMS) for each in model.modules()) else "adamw"
+    plain = not structured(model) and any(isinstance(each, BATCH_NORMS) for each in model.modules())
+    return "nesterov" if plain else "adamw"
 
 
 def rates_to_try(optimizer: str, recipe: Recipe) -> tuple[float, ...]:
     """The learning rates of the trial, smallest first.
 
     >>> rates_to_try("adamw", Recipe())
-    (3e-05, 0.0001, 0.0003, 0.001)
+    (3e-05, 0.0001, 0.0003, 0.001, 0.003)
     """
     ladder = SGD_RATES if any(each in optimizer for each in SGD_KIN) else OTHER_RATES
     return tuple(sorted(set(recipe.trial_lrs or ladder)))

@@ -51,7 +51,7 @@ class Run:
         self.optimizer = create_optimizer_v2(model, opt=name, lr=lr, weight_decay=decay, momentum=recipe.momentum)
         strength = decay if recipe.decay == "weight" else 0.0
         self.decay = Decay(model, self.optimizer, name=name, strength=strength)
-        self.features = Features(model, self.teacher, recipe) if recipe.features else None
+        self.features = Features(model, self.teacher, recipe)
         self.annealing = Annealing(model, self.teacher, share=recipe.anneal if recipe.epochs or recipe.minutes else 0.0)
         for each in [model] if self.ema is None else [model, self.ema.module]:
             self.annealing.attach(each)
@@ -78,10 +78,10 @@ class Run:
         self.annealing.remove()
         return self.accelerator.unwrap_model(self.result(), keep_fp32_wrapper=False)
 
-    def loss(self, batch: Any, *, features: bool = False) -> Tensor:  # ()
-        """The loss of one batch against teacher and labels, with that of the blocks on request."""
+    def loss(self, batch: Any, *, features: float = 0.0) -> Tensor:  # ()
+        """The loss of one batch against teacher and labels, with this share of the weight of the blocks' outputs."""
         inputs, labels = parts_of(batch, self.device)
-        compared = self.features if features else None
+        compared = self.features if features and self.features.student else None
         none: dict[str, Any] = {}
         watched = nullcontext(none) if compared is None else outputs_of(compared.student)
         with self.accelerator.autocast():
@@ -93,7 +93,7 @@ class Run:
                 with torch.no_grad(), seen as theirs:
                     wanted = logits_of(call(self.teacher, inputs))
         loss = distillation_loss(found, wanted, labels, self.recipe)
-        return loss if compared is None else loss + self.recipe.features * compared.loss(ours, theirs)
+        return loss if compared is None else loss + features * compared.weight * compared.loss(ours, theirs)
 
     def step(self, batch: Any, *, at: int, of: int, peak: float, warmup: float) -> float:
         """One step of the optimizer, and its loss."""
@@ -101,7 +101,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.annealing.set(at / of)
-        loss = self.loss(batch, features=True)
+        loss = self.loss(batch, features=1 - at / of)
         self.accelerator.backward(loss)
         if self.recipe.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -168,10 +168,10 @@ class Run:
             self.ema.set(self.plain)
 
     @torch.no_grad()
-    def loss_on(self, batches: Sequence[Any]) -> float:
+    def loss_on(self, batches: Sequence[Any], *, features: float = 0.0) -> float:
         """The sum of the losses of these batches, in evaluation mode."""
         self.model.eval()
-        return sum(float(self.loss(batch)) for batch in batches)
+        return sum(float(self.loss(batch, features=features)) for batch in batches)
 
     @contextmanager
     def taken_back(self) -> Iterator[Callable[[], None]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from itertools import cycle, islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, islice, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from .running import Progress, Run, seed_all
 
 HELD = 8  # batches at most, and at most a quarter of the loader, on which the rates are judged
 HELD_BYTES = 1 << 30  # of the batches that the trial keeps
-CLEARLY = 1.5  # times the best loss: a rate as bad as this ends the climb
+GOOD = 0.5  # of the best fall of the loss: what a larger rate must keep
 FIRST_TIMED = 2  # steps before it start workers and caches
 TIMED_SHARE = 0.02  # of the minutes, spent on timing
 TIMED_STEPS = 8  # at least, where the loader has them
@@ -45,12 +45,14 @@ def decide(run: Run, *, begun: float, progress: Progress | None) -> dict[str, An
 
 
 def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, Any]:
-    """Train with each rate for a few steps and judge it by the loss on batches that were held out.
+    """Train with some rates for a few steps each and judge them by the loss on batches that were held out.
 
     All start from the same weights, see the same batches and follow the schedule of the whole run in miniature. The
     batches are taken from the loader once and kept (the first 8 of them, or a quarter of the loader, to judge on); in a
-    loader with fewer than needed, or where they pass 1 GiB, they recur. The rates climb until one is clearly worse than
-    the best, 1.5 times its loss; of equal ones the smaller is chosen.
+    loader with fewer than needed, or where they pass 1 GiB, they recur. A long run bears a larger rate than a short
+    one, as it has the time to settle: the one chosen is the largest that lowers the loss at least half as much as the
+    best does. From the middle of the ladder the rates climb as long as that holds; where it does not hold for the first
+    step up, they descend as long as the loss falls.
 
     Raises:
         GMError: the loss is finite at none of the rates.
@@ -58,30 +60,76 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     start, length = time.perf_counter(), trial_length(steps, run.recipe)
     seed_all(run.recipe.seed, 0, 1)
     held, trained = _held_batches(run, length)
-    warmup = min(run.warmup(steps), LONGEST_WARMUP)
+    warmup, total = min(run.warmup(steps), LONGEST_WARMUP), len(run.rates) * length
     found: dict[float, float] = {}
     with run.taken_back() as undo:
-        for number, rate in enumerate(run.rates):
+
+        def loss_after(rate: float) -> float:
             seed_all(run.recipe.seed, 0, 2)
             run.model.train()
             for at, batch in enumerate(islice(cycle(trained), length)):
                 loss = run.step(batch, at=at, of=length, peak=rate, warmup=warmup)
                 if progress is not None:
-                    progress(-1, number * length + at + 1, len(run.rates) * length, loss)
+                    progress(-1, len(found) * length + at + 1, total, loss)
             run.annealing.set(1.0)
-            judged = run.mean(run.loss_on(held) / len(held))
-            found[rate] = judged if math.isfinite(judged) else math.inf
+            judged = run.mean(run.loss_on(held, features=1.0) / len(held))
             undo()
-            if found[rate] > CLEARLY * min(found.values()):
-                break
-    best = min(found, key=lambda rate: (found[rate], rate))
+            return judged if math.isfinite(judged) else math.inf
+
+        before = run.mean(run.loss_on(held, features=1.0) / len(held))
+        for rate in climb(run.rates, found, before):
+            found[rate] = loss_after(rate)
+    best = chosen(found, before)
     if progress is not None and len(found) < len(run.rates):  # the rest is not tried
-        progress(-1, len(run.rates) * length, len(run.rates) * length, found[best])
+        progress(-1, total, total, found[best])
     if math.isinf(found[best]):
-        tried = ", ".join(map(str, found))
+        tried = ", ".join(map(str, sorted(found)))
         raise GMError(f"the loss is not finite at any of the learning rates tried, {tried}; give a smaller lr")
-    losses = {str(rate): None if math.isinf(loss) else loss for rate, loss in found.items()}
-    return {"lr": best, "losses": losses, "steps": length, "seconds": time.perf_counter() - start}
+    losses = {str(rate): None if math.isinf(found[rate]) else found[rate] for rate in sorted(found)}
+    seconds = time.perf_counter() - start
+    return {"lr": best, "losses": losses, "start": before, "steps": length, "seconds": seconds}
+
+
+def chosen(losses: Mapping[float, float], start: float) -> float:
+    """The largest rate that lowers the loss at least half as much as the best; the best where none lowers it.
+
+    >>> chosen({0.1: 7.0, 0.2: 5.0, 0.4: 6.0, 0.8: 8.0}, start=8.0)
+    0.4
+    """
+    best = min(losses, key=lambda rate: (losses[rate], rate))
+    return max([best, *(rate for rate in losses if _still_good(losses[rate], losses[best], start))])
+
+
+def _still_good(loss: float, best: float, start: float) -> bool:
+    return loss < start and start - loss >= GOOD * (start - best)
+
+
+def climb(
+    rates: Sequence[float],  # smallest first
+    losses: Mapping[float, float],  # by rate, as far as they are known
+    start: float,  # the loss before the first step
+) -> Iterator[float]:
+    """The rates to try; the caller puts the loss of each into `losses` before it asks for the next.
+
+    >>> losses = {}
+    >>> for rate in climb([1.0, 2.0, 3.0, 4.0, 5.0], losses, start=2.0):
+    ...     losses[rate] = abs(rate - 2.2)
+    >>> list(losses)
+    [3.0, 4.0, 2.0, 1.0]
+    """
+    middle = len(rates) // 2
+    yield rates[middle]
+    for below, rate in pairwise(rates[middle:]):
+        if not _still_good(losses[below], min(losses.values()), start):
+            break
+        yield rate
+    if chosen(losses, start) > rates[middle]:
+        return
+    for rate in rates[:middle][::-1]:
+        best = min(losses.values())
+        yield rate
+        if not losses[rate] < best:
+            return
 
 
 def _held_batches(run: Run, length: int) -> tuple[list[Any], list[Any]]:
