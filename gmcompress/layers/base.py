@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GMError
+from ..linalg import usual_strides
 from ..products import Layout, layout_of, prepare, why_slow
 from ..structure import Structure, expand
 
@@ -102,10 +103,14 @@ class GMLayer(nn.Module):
         named = {part: getattr(self, part) for part in self.PARTS}
         return {part: tensor for part, tensor in named.items() if tensor is not None}
 
+    def _operands(self) -> dict[str, Tensor]:
+        """The stored tensors as products take them."""
+        return {part: usual_strides(tensor) for part, tensor in self.parts().items()}
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, computed at every read."""
-        return expand(self.parts(), self.structure, self.weight_shape, labels=self.labels)
+        return expand(self._operands(), self.structure, self.weight_shape, labels=self.labels)
 
     @torch.no_grad()
     def assign(self, tensors: Mapping[str, Tensor], *, bias: Tensor | None = None) -> None:
@@ -139,7 +144,7 @@ class GMLayer(nn.Module):
         self.thaw_()
         with torch.inference_mode(False):
             own = ("gates", "left", "right", "scales")  # parameters, which need no copy
-            made = prepare(self.parts(), self.structure) if path == "structured" else {"weight": self._computed()}
+            made = prepare(self._operands(), self.structure) if path == "structured" else {"weight": self._computed()}
             for name, tensor in made.items():
                 if name not in own:
                     self.register_buffer(READY + name, tensor.detach(), persistent=False)
@@ -189,7 +194,7 @@ class GMLayer(nn.Module):
             return None
         kept = self._kept()
         if kept is None:
-            return prepare(self.parts(), self.structure)
+            return prepare(self._operands(), self.structure)
         for name in ("gates", "left", "right", "scales"):
             if self._parameters.get(name) is not None:
                 kept[name] = getattr(self, name)
