@@ -109,15 +109,15 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def latencies(
-    calls: Sequence[Callable[[], object]], *, repeats: int, seconds: float = 20.0
+    calls: Sequence[Callable[[], object]], *, repeats: int, seconds: float = 20.0, turn: float = 0.0
 ) -> list[tuple[float, float]]:
     """Median and distance between quartiles, in milliseconds, of each call; the runs of all calls take turns.
 
-    Slow calls are repeated less often: after `seconds` in all no further round begins, but three are always run.
+    Slow calls are repeated less often: after `seconds` in all no further round begins, but three are always run. Quick
+    ones are repeated, up to 100 times, within a turn of `turn` seconds, so that the clock is not what is measured.
     """
     times: list[list[float]] = [[] for _ in calls]
-    for each in calls:
-        each()  # the first run allocates
+    inner = [_calls_in(turn, each) for each in calls]
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -125,17 +125,32 @@ def latencies(
         for done in range(max(repeats, 2)):
             if done >= 3 and time.perf_counter() - began > seconds:
                 break
-            for run_once, taken in zip(calls, times, strict=True):
-                _synchronize()
-                start = time.perf_counter()
-                run_once()
-                _synchronize()
-                taken.append(1000 * (time.perf_counter() - start))
+            for run_once, count, taken in zip(calls, inner, times, strict=True):
+                taken.append(1000 * _seconds(run_once, count))
     finally:
         if collecting:
             gc.enable()
     quartiles = [statistics.quantiles(each, n=4) for each in times]
     return [(middle, high - low) for low, middle, high in quartiles]
+
+
+def _calls_in(turn: float, call: Callable[[], object]) -> int:
+    """How many runs of a call, of which a first has been done, fit into so many seconds: between 1 and 100."""
+    call()  # the first run allocates
+    if not turn:
+        return 1
+    call()
+    return max(1, min(100, int(turn / max(_seconds(call, 1), 1e-6))))
+
+
+def _seconds(call: Callable[[], object], count: int) -> float:
+    """Of one of so many runs in a row."""
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    _synchronize()
+    return (time.perf_counter() - start) / count
 
 
 def _synchronize() -> None:

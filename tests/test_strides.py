@@ -35,7 +35,8 @@ def wrong_strides(module: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("path", ["dense", "structured"])
 @pytest.mark.parametrize(
-    "text", ["C8", "C8+displacement:1", "C4xC4+displacement:1+lowrank:1", "lowrank:1", "adapted:1:2x2", "C4[G,G,grid3x3]"]
+    "text",
+    ["C8", "C8+displacement:1", "C4xC4+displacement:1+lowrank:1", "lowrank:1", "adapted:1:2x2", "C4[G,G,grid3x3]"],
 )
 def test_structured_layers(text: str, path: Any) -> None:
     for shape in ((16, 16), (16, 32), (16, 16, 3, 3), (16, 32, 1, 1)):
