@@ -11,9 +11,10 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels"),
-    ("factors", "products", "selection", "calibration", "rules", "separation"),
+    ("groups", "files", "tables", "linalg", "kinds"),
+    ("fourier",),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "spectra", "kernels"),
+    ("factors", "products", "selection", "calibration", "rules", "separation", "stencils"),
     ("fitting", "layers", "groupconv", "lattice"),
     ("projection", "attaching", "pooling", "homogeneous"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
