@@ -2,8 +2,8 @@
 
 import io
 import json
-import subprocess
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 

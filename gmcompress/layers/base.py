@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -14,6 +14,7 @@ from ..errors import GMError
 from ..linalg import usual_strides
 from ..products import Layout, layout_of, prepare, why_slow
 from ..structure import Structure, expand
+from .labels import label_table
 
 Path = Literal["dense", "structured"]  # a product with the computed weight, or the fast product of its structure
 READY = "ready_"  # and a name: the buffers that a frozen layer keeps
@@ -71,10 +72,8 @@ class GMLayer(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
-        self.labels: Tensor | None  # recomputed from the structure, so not part of what is saved
-        labels = None
-        if structure.group is not None:
-            labels = torch.tensor(structure.labels, dtype=torch.int32, device=device)
+        self.labels: Tensor | None  # follows from the structure, so not part of what is saved
+        labels = None if structure.group is None else label_table(structure, device)
         self.register_buffer("labels", labels, persistent=False)
         self.reset_parameters()
 
@@ -97,6 +96,32 @@ class GMLayer(nn.Module):
                 nn.init.uniform_(tensor, *((-math.sqrt(3), math.sqrt(3)) if part == "gates" else (-bound, bound)))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def share_labels_(self) -> None:
+        """Take the table of labels that all layers of this structure share where the stored tensors are."""
+        if self.structure.group is not None:
+            self.labels = label_table(self.structure, self.parts()["kernel"].device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: everything but the table of labels."""
+        return super().__getstate__() | {"_buffers": self._buffers | {"labels": None}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares the table of labels with its original."""
+        super().__setstate__(state)
+        self.share_labels_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GMLayer:
+        """What `.to` and `.cuda` go through, which would give every layer a table of its own."""
+        self.labels = None
+        super()._apply(fn, recurse)
+        self.share_labels_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """With assign=True the stored tensors may now be on another device."""
+        super()._load_from_state_dict(*args, **options)
+        self.share_labels_()
 
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors of the weight by name."""

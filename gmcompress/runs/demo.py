@@ -38,9 +38,10 @@ SMOKE = {"model": "test_resnet", "model_kwargs": (), "img_size": 8, "group": "C4
 def demo_run(folder: str | Path, *, smoke: bool = False, seed: int = 0, progress: Progress = silent) -> Report:
     """Train a small timm network on 1,437 digits, compress it, fine-tune it against itself, and judge on 360 others.
 
-    Latency is that of the network frozen for one image, as `gmcompress.freeze` does by measurement. Nothing is downloaded. The folder gets model/, report.json and report.html, over those of an earlier demo. `smoke`
-    makes the steps so short that only their working is shown. Runs on one thread: the layers are too small to be
-    shared, and its numbers then do not depend on how many processors there are.
+    Latency is that of the network frozen for one image, as `gmcompress.freeze` does by measurement. Nothing is
+    downloaded. The folder gets model/, report.json and report.html, over those of an earlier demo. `smoke` makes the
+    steps so short that only their working is shown. Runs on one thread: the layers are too small to be shared, and its
+    numbers then do not depend on how many processors there are.
 
     Raises:
         GMError: scikit-learn is missing, or the folder cannot be written.

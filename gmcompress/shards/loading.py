@@ -14,7 +14,7 @@ from ..errors import GMError, nearest_names
 from ..files import usable
 from ..kinds import view_of
 from ..layers import GMLayer
-from ..structure import Structure, index_tensor
+from ..structure import Structure
 from ..surgery import check_model, find_weight
 from .description import Shards, check_files, describe_shards
 from .source import Entry, read_entries
@@ -159,19 +159,13 @@ def _fill(
 
 @torch.no_grad()
 def _check_real(small: nn.Module) -> None:
-    """Make the tables of structured layers, one for each structure and device, and refuse what stays on meta.
+    """Give the structured layers tables on the device that they now are on, and refuse what stays on meta.
 
     Raises:
         GMError: naming a tensor that is.
     """
-    tables: dict[tuple[Structure, torch.device], Tensor] = {}
     for layer in structured(small).values():
-        if layer.labels is not None:
-            like = layer.parts()["kernel"]
-            key = (layer.structure, like.device)
-            if key not in tables:
-                tables[key] = index_tensor(layer.structure.labels, like).int()
-            layer.labels = tables[key]
+        layer.share_labels_()
     for name, each in [*small.named_parameters(), *small.named_buffers()]:
         if each.is_meta:
             raise GMError(
