@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -332,6 +332,32 @@ class GroupConv(nn.Module):
             return empty.index_copy(2, self.get_buffer("_rows"), values)
         mixed = (self._operand("filters").flatten(0, 1) @ flat).unflatten(1, (self.out_channels, self.rank))
         return (self._operand("gates").to(mixed) * mixed.gather(3, reads.expand(*mixed.shape[:2], *reads.shape))).sum(2)
+
+    def multiply_adds(
+        self,
+        shape: Sequence[int],  # of an output
+    ) -> int:
+        """Multiply-adds of a call in matrix products and convolutions; gates, entry by entry, are none of them."""
+        batch, o, i, r, terms = shape[0], self.out_channels, self.in_channels, self.rank, self.terms
+        n, taps = self.group.order, len(self.stencil.taps)
+
+        def product(step: str, channels: int) -> int:
+            return self._steps[step].multiply_adds(self.methods[step], channels, i, batch)
+
+        joined = self.kind == "nonseparable" and self.residual == "displacement"
+        if self.kind in ("nonseparable", "gseparable"):
+            total = product("main", o * (1 + r * joined))
+            # the kernel is a sum over terms of products
+            total += o * i * taps * terms if self.kind == "gseparable" and terms > 1 else 0
+        else:
+            total = product("inner", terms * o) if self.kind == "separable" else terms * o * i * batch * n
+            for step in ("inner", "outer") if self.kind == "dgseparable" else ("outer",):
+                total += self._steps[step].depthwise_multiply_adds(terms * o, batch)
+        if not r or joined:
+            return total
+        if self.residual == "displacement":
+            return total + product("main", o * r)
+        return total + o * r * i * batch * (taps if self.residual == "row" else n)
 
     # ------------------------------------------------------------------------------------------------- other layers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -106,6 +106,13 @@ class HomogeneousConv(nn.Module):
             raise GMError(f"a signal here has shape {wanted}, but this one has {tuple(signal.shape)}")
         found = multiply_labelled(signal, usual_strides(self.kernel), self.labels)
         return found if self.bias is None else found + self.bias.to(found)[:, None]
+
+    def multiply_adds(
+        self,
+        shape: Sequence[int],  # of an output
+    ) -> int:
+        """Multiply-adds of a call: every output reads every input."""
+        return math.prod(shape) * self.in_channels * self.columns.size
 
     def __repr__(self) -> str:
         options = f", source={self.source!r}, target={self.target!r}"

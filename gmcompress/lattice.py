@@ -117,6 +117,13 @@ class LatticeConv(nn.Module):
             found = found.unflatten(1, (self.out_channels, self.point.order))
         return found if self.bias is None else found + self.bias.to(found).reshape(-1, *[1] * (found.dim() - 2))
 
+    def multiply_adds(
+        self,
+        shape: Sequence[int],  # of an output
+    ) -> int:
+        """Multiply-adds of a call: every output reads the whole kernel, also where it is outside of the box."""
+        return math.prod(shape) * math.prod(self.kernel.shape[1:])
+
     def __repr__(self) -> str:
         options = ", lift=True" * self.lift + f", support={self.support!r}" * (self.support != "same")
         options += ", bias=False" * (self.bias is None)

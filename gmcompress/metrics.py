@@ -16,7 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attaching import CHILD, dense_class, structured
 from .errors import GMError
+from .groupconv import GroupConv
+from .homogeneous import HomogeneousConv
 from .kinds import kind_of
+from .lattice import LatticeConv
 from .layers import GMConv2d, GMLayer, GMWeight
 from .products import multiply_adds
 from .structure import Structure, displacement_rank, distance, generator_displacement_rank
@@ -181,12 +184,13 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_COUNTED = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, GMLayer)
+_ON_GROUPS = (GroupConv, HomogeneousConv, LatticeConv)
+_COUNTED = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, GMLayer, *_ON_GROUPS)
 _COUNTED_BY_NAME = ("transformers.pytorch_utils.Conv1D",)
 
 
 def is_counted(layer: nn.Module) -> bool:
-    """Whether a module is a linear layer or convolution, or computes a weight."""
+    """Whether a module is a linear layer or convolution, on a group too, or computes a weight."""
     names = {kind_of(cls) for cls in dense_class(layer).__mro__}
     return isinstance(layer, _COUNTED) or not names.isdisjoint(_COUNTED_BY_NAME)
 
@@ -197,6 +201,8 @@ def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) ->
     A structured layer runs the dense product with its computed weight, after the products that compute it unless it is
     frozen; or, where it was frozen so, the fast product.
     """
+    if isinstance(layer, _ON_GROUPS):
+        return layer.multiply_adds(output.shape)
     if isinstance(layer, GMLayer) and layer.path == "structured":
         assert given is not None, "a layer that was called has an input"
         return _fast_macs(layer, given)

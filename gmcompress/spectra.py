@@ -7,6 +7,7 @@ it runs in every dtype, and exports.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -52,6 +53,28 @@ def transform_macs(axes: tuple[int, ...]) -> int:
     """
     n, half = prod(axes), axes[-1] // 2 + 1
     return n * 2 * half + sum(n // axes[-1] * 2 * half * 2 * each for each in axes[:-1])
+
+
+def multiply_adds(
+    found: Spectrum,
+    kernel: Sequence[int],  # (o, i, t)
+    batch: int,
+) -> int:
+    """Multiply-adds of `correlate`: the transforms of signals and kernel, the coefficients' products, and back.
+
+    >>> multiply_adds(spectrum((3,), (1,), np.array([[1]])), (1, 1, 1), 1)
+    38
+    """
+    o, i, t = kernel
+    f, each = found.frequencies, transform_macs(found.axes)
+    of_kernel = each if found.waves is None else 2 * found.waves.shape[2] * (f + t)
+    total = each * batch * i + of_kernel * i * o + 4 * f * batch * i * o
+    before, behind = 1, f * batch * o
+    for order, matrix in zip(found.axes[:-1], found.inverse[:-1], strict=True):
+        behind //= order
+        total += before * matrix.size * behind
+        before *= matrix.shape[0] // 2
+    return total + before * found.inverse[-1].size * batch * o
 
 
 def spectrum(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from . import spectra
 from .errors import GMError
 from .groups import Group, axes_of, cyclic
 from .groups.group import Indices
@@ -114,6 +115,23 @@ class Stencil:
         if m * n * pairs <= MAX_DENSE:
             found["dense"] = DENSE * m * n * pairs
         return found
+
+    def multiply_adds(self, method: str, out_channels: int, in_channels: int, batch: int) -> int:
+        """Multiply-adds of `multiply` in matrix products and convolutions, as torch's FlopCounterMode counts them.
+
+        >>> ring = Stencil(cyclic(6), np.arange(6), np.array([0, 1, 5]))
+        >>> [ring.multiply_adds(method, 2, 4, 1) for method in ("circular", "taps", "dense")]
+        [144, 144, 288]
+        """
+        if method == "fourier":
+            assert self.spectrum is not None
+            return spectra.multiply_adds(self.spectrum, (out_channels, in_channels, len(self.taps)), batch)
+        reads = {"taps": len(self.taps), "dense": self.group.order}.get(method) or prod(self._box().size)
+        return reads * len(self.members) * batch * out_channels * in_channels
+
+    def depthwise_multiply_adds(self, channels: int, batch: int) -> int:
+        """Multiply-adds of `depthwise` in convolutions; tap by tap it multiplies entry by entry, and has none."""
+        return 0 if self.box is None else self.multiply_adds("circular", channels, 1, batch)
 
     def method(self, out_channels: int, in_channels: int) -> str:
         """The method that costs least."""
@@ -240,7 +258,7 @@ def _gathered(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (t, 
     (_, b, i), o = x.shape, k.shape[2]
     found = x.new_zeros(reads.shape[1] * b, o)
     for tap in range(len(reads)):
-        found.addmm_(x.index_select(0, reads[tap]).view(-1, i), k[tap])
+        torch.addmm(found, x.index_select(0, reads[tap]).view(-1, i), k[tap], out=found)  # addmm_ is not counted
     return found.view(-1, b, o)
 
 
