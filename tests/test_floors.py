@@ -16,7 +16,7 @@ FLOORS = (
     ("structure", "surgery", "checkpoints", "budgets", "notes", "spectra", "kernels"),
     ("factors", "products", "selection", "calibration", "rules", "separation", "stencils"),
     ("fitting", "layers", "groupconv", "lattice"),
-    ("projection", "attaching", "pooling", "homogeneous"),
+    ("projection", "attaching", "pooling", "homogeneous", "separables"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
     ("reporting", "reconstruction", "blocks"),
     ("allocation", "freezing"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..planning import Override, choose
 from ..rules import Rule, Rules
 from .description import DESCRIPTION, Shards, check_files, describe_shards, write_description
 from .layout import Unit, packed, read_size, sites_of, units_of
-from .source import Entry, read_source
+from .source import Entry, model_type, read_source
 from .target import STATE, Target
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
@@ -30,6 +30,7 @@ def compress_shards(
     include: Rules = (),
     exclude: Rules = (),
     overrides: Mapping[Rule, Override] | None = None,
+    transposed: Rules | None = None,
     shard_size: int | str = SHARD_SIZE,
     progress: Progress | None = None,
 ) -> Shards:
@@ -40,8 +41,10 @@ def compress_shards(
     `group` with a residual of this rank, as `compress(rank=...)` does on layers of these shapes; its parts are stored
     as `<module>.kernel`, `.gates` and so on, in its own type. All other tensors are copied byte for byte. Names do not
     tell lookups from products, nor a weight from its transpose: what is by its name an embedding or the classifier
-    (`EMBEDDINGS`, `HEADS`) stays dense unless `include` names it, and weights stored as inputs × outputs are to be
-    excluded. `include`, `exclude` and `overrides` are those of `compress`, globs and "re:" patterns on module names.
+    (`EMBEDDINGS`, `HEADS`) stays dense unless `include` names it. Weights stored as inputs × outputs are compressed as
+    their transposes: those that `transposed` names, (columns, rows) or (columns, rows, height, width), and without it
+    those of a model like GPT-2, which a config.json beside the files says that it is. `include`, `exclude`, `overrides`
+    and `transposed` are globs and "re:" patterns on module names, the first three as in `compress`.
 
     At most a block of rows is in memory, with a residual of low rank at most one tensor, in float64. Shards have at
     most `shard_size` bytes, where no tensor has more. Interrupted, the same call goes on after the last whole shard;
@@ -60,10 +63,12 @@ def compress_shards(
     entries, size = read_source(source), read_size(shard_size)
     total = sum(each.numbers for each in entries)
     options = {"include": include, "exclude": exclude, "overrides": overrides}
-    plan = choose(sites_of(entries), group, model_parameters=total, rank=rank, residual=residual, **options)  # type: ignore[arg-type]
-    shards = packed(units_of(entries, plan), size)
+    sites, turned = sites_of(entries, transposed, model_type=model_type(source))
+    plan = choose(sites, group, model_parameters=total, rank=rank, residual=residual, **options)  # type: ignore[arg-type]
+    shards = packed(units_of(entries, plan, turned), size)
     shapes = {site.name: list(site.shape) for site in plan.sites}
-    found = Shards(plan.group, plan.layers, plan.skipped, shapes, {}, [], [], {}, _key(entries, plan.layers, size))
+    key, names = _key(entries, plan.layers, turned, size), sorted(turned)
+    found = Shards(plan.group, plan.layers, plan.skipped, shapes, names, {}, [], [], {}, key)
     place = usable(target)
     if (place / DESCRIPTION).is_file() and not (place / STATE).is_file():
         return _finished(place, found.key)
@@ -104,12 +109,13 @@ def _check_apart(source: Path, target: Path) -> None:
         )
 
 
-def _key(entries: Iterable[Entry], layers: Mapping[str, str], size: int) -> str:
-    """What stands for this compression: the files as they are, the structures, the size of the shards."""
+def _key(entries: Iterable[Entry], layers: Mapping[str, str], turned: Collection[str], size: int) -> str:
+    """What stands for this compression: the files as they are, the structures and of what, the size of the shards."""
     files = sorted({each.file for each in entries})
     told = [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in files]
     tensors = [[each.name, each.dtype, list(each.shape), each.start] for each in entries]
-    return json_digest({"files": told, "tensors": tensors, "layers": dict(layers), "shard_size": size})
+    facts = {"files": told, "tensors": tensors, "layers": dict(layers), "shard_size": size}
+    return json_digest(facts | {"transposed": sorted(turned)})
 
 
 def _finished(place: Path, key: str) -> Shards:
