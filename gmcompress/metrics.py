@@ -32,7 +32,8 @@ class Metrics:
     """What a model costs. Everything that needs example inputs is None without them.
 
     `parameters` counts tied ones once; `bytes` are those of the tensors that a checkpoint holds. `macs` are the
-    multiply-adds of one forward pass by formula, over all linear and convolution layers as they are executed;
+    multiply-adds of one forward pass by formula, over all linear and convolution layers, those on groups among them, as
+    they are executed; of a layer on a group its matrix products and convolutions count, no products entry by entry.
     `counted_macs` are those of torch's FlopCounterMode, which also sees attention products and other calls that no
     layer owns. `latency_ms` is the median over interleaved runs, `latency_spread_ms` the distance between their
     quartiles; compare latencies only within one measurement.
