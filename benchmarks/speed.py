@@ -8,8 +8,6 @@ python benchmarks/speed.py --parts models --models resnet50 vit_base_patch16_224
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gmcompress as gm
+from gmcompress.metrics import latencies
 from gmcompress.tables import make_table
 
 MODELS = ("resnet50", "vit_base_patch16_224", "convnext_tiny", "mixer_b16_224")
 NOISE = 1.03  # of the dense time that a frozen model may take at most
+TURN = 1e-3  # seconds in which a quick call is repeated
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,44 +55,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def timed(calls: Mapping[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median and distance between quartiles of every call in milliseconds, the calls taking turns.
-
-    A call of few microseconds is repeated within its turn, so that the clock is not what is measured.
-    """
-    inner = {}
-    for name, call in calls.items():
-        for _ in range(3):
-            call()
-        begun = time.perf_counter()
-        call()
-        _wait(options.device)
-        inner[name] = max(1, min(100, int(1e-3 / max(time.perf_counter() - begun, 1e-6))))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    begun = time.perf_counter()
-    gc.disable()
-    try:
-        for done in range(options.repeats):
-            if done >= 5 and time.perf_counter() - begun > options.seconds:
-                break
-            for name, call in calls.items():
-                _wait(options.device)
-                start = time.perf_counter()
-                for _ in range(inner[name]):
-                    call()
-                _wait(options.device)
-                taken[name].append(1000 * (time.perf_counter() - start) / inner[name])
-    finally:
-        gc.enable()
-    found = {}
-    for name, each in taken.items():
-        low, middle, high = statistics.quantiles(each, n=4)
-        found[name] = {"ms": middle, "spread_ms": high - low}
-    return found
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    """Median and distance between quartiles of every call in milliseconds, the calls taking turns."""
+    found = latencies(list(calls.values()), repeats=options.repeats, seconds=options.seconds, turn=TURN)
+    return {name: {"ms": ms, "spread_ms": spread} for name, (ms, spread) in zip(calls, found, strict=True)}
 
 
 def costs(module: nn.Module, x: Tensor) -> dict[str, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +11,7 @@ from speed_cases import frozen
 from torch import Tensor, nn
 
 from gmcompress import GMLinear, kernels
+from gmcompress.metrics import latencies
 from gmcompress.products import layout_of
 
 STRUCTURE, WIDTH, DTYPE = "C32xC32", 4096, torch.bfloat16
@@ -28,19 +27,8 @@ def bandwidth(device: torch.device, size: int = COPIED, rounds: int = 20) -> flo
     """Bytes per second of a copy on the device, read and written, the median of some rounds."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    taken = []
-    for _ in range(rounds):
-        _wait(device)
-        begun = time.perf_counter()
-        target.copy_(source)
-        _wait(device)
-        taken.append(time.perf_counter() - begun)
-    return 2 * size / statistics.median(taken)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    ((middle, _),) = latencies([lambda: target.copy_(source)], repeats=rounds)
+    return 2 * size / (middle / 1000)
 
 
 def launch_pair(device: torch.device) -> Call:

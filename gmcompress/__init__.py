@@ -27,6 +27,7 @@ from .planning import Plan
 from .pooling import GroupPool, GroupUnpool
 from .projection import Fit, project
 from .reporting import Report, Result
+from .separables import separate_layers
 from .separation import separate
 from .shards import Shards, compress_shards, load_shards
 from .storage import load, save
@@ -94,6 +95,7 @@ __all__ = [
     "replace",
     "save",
     "separate",
+    "separate_layers",
     "sweep",
     "trace",
     "tune",

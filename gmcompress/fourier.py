@@ -3,22 +3,27 @@
 W[x, y] = f(x⁻¹y) commutes with the left translations of the group, so on R^n it splits as they do: for every real
 irreducible representation of dimension d, whose endomorphisms are the real numbers, the complex numbers or the
 quaternions (K = 1, 2, 4), one block of size d that stands there d/K times. In the basis Q of this room QᵀWQ is exactly
-that. Tensors only; the products are in `products`.
+that. Tensors only; the products are in `products`, and those of small kernels on cyclic products in `spectra`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import GMError
 from .groups import Group
 from .groups.families import cyclic, direct
+from .groups.group import Indices
+
+Matrix = NDArray[np.float64]
 
 MERGED = 64  # factors of a direct product are transformed together up to this order, which spares passes over memory
 MAX_AXIS = 1024  # order of a group without factors: its basis is a dense matrix
@@ -119,16 +124,29 @@ def group_matrix(values: Tensor, group: Group) -> Tensor:  # (n,) -> (n, n)
     return values[torch.tensor(group.table[group.inverse])]
 
 
+def characters(
+    orders: Sequence[int],
+    which: Indices,  # (c, d)
+    points: Indices,  # (p, d)
+) -> tuple[Matrix, Matrix]:  # (c, p), (c, p)
+    """Real and imaginary part of exp(2πi Σ_j a_j b_j/k_j): characters a of C_k1 × … × C_kd at points b, in float64.
+
+    >>> [each.round().tolist() for each in characters([4], np.array([[1]]), np.arange(4)[:, None])]
+    [[[1.0, 0.0, -1.0, -0.0]], [[0.0, 1.0, 0.0, -1.0]]]
+    """
+    n = prod(orders)
+    angles = 2 * np.pi * (which * (n // np.array(orders)) @ points.T % n) / n  # exact up to here
+    return np.cos(angles), np.sin(angles)
+
+
 def _of_characters(orders: list[int]) -> Fourier:
     """Cosines and sines of a product of cyclic groups; the pairs of a character and its conjugate are blocks of 2."""
-    points = np.stack(np.unravel_index(np.arange(prod(orders)), orders))  # (factors, n), the first slowest
-    n = points.shape[1]
-    phases = sum(np.outer(each, each) * (n // m) for each, m in zip(points, orders, strict=True)) % n
-    angles = 2 * np.pi * phases / n  # of the entry [character, point]
-    conjugate = np.ravel_multi_index([(-each) % m for each, m in zip(points, orders, strict=True)], orders)
+    points = np.stack(np.unravel_index(np.arange(prod(orders)), orders), 1)  # (n, factors), the first slowest
+    n = len(points)
+    conjugate = np.ravel_multi_index(tuple((-points % np.array(orders)).T), orders)
     every = np.arange(n)
     real, pairs = every[conjugate == every], every[conjugate > every]
-    cosines, sines = np.cos(angles), np.sin(angles)
+    cosines, sines = characters(orders, points, points)
     both = np.stack([cosines[pairs], sines[pairs]], axis=1) * np.sqrt(2 / n)
     basis = np.concatenate([cosines[real] / np.sqrt(n), both.reshape(-1, n)]).T
     parts = [Irreducibles(0, len(real), 1, 1, torch.tensor(cosines[real][:, None, None]))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +15,7 @@ from .errors import GMError, shown
 from .groups import Group, as_given, axes_of, ball, embed, factor_generators, word_lengths
 from .groups import group as parse
 from .groups.group import Indices
+from .linalg import usual_strides
 from .separation import Factors, check_kind, combine, grid_of, separate, shapes
 from .stencils import Stencil, depthwise, multiply
 
@@ -219,9 +220,13 @@ class GroupConv(nn.Module):
         named = {part: getattr(self, part) for part in self.PARTS}
         return {part: tensor for part, tensor in named.items() if tensor is not None}
 
+    def _operand(self, part: str) -> Tensor:
+        """A stored tensor as products take it."""
+        return usual_strides(getattr(self, part))
+
     def full_kernel(self) -> Tensor:  # (o, i, taps)
         """The kernel on all taps that the stored tensors stand for, without the residual; differentiable."""
-        own = {name: each for name, each in self.parts().items() if name not in ("gates", "filters")}
+        own = {name: self._operand(name) for name in self.parts() if name not in ("gates", "filters")}
         return combine(own, self.kind).flatten(2)
 
     def full_residual(self) -> tuple[Tensor, Tensor]:  # (o, r, m), (o, r, i·taps)
@@ -279,7 +284,7 @@ class GroupConv(nn.Module):
         """The convolution, on `out_group`."""
         flat = flat_signal(signal, self.group, self.in_channels)
         if self.kind == "nonseparable" and self.rank and self.residual == "displacement":
-            found = self._gated(flat, torch.cat([self.kernel[:, None], self.filters], 1))
+            found = self._gated(flat, torch.cat([self._operand("kernel")[:, None], self._operand("filters")], 1))
         else:
             found = self._equivariant(flat)
             if self.rank:
@@ -300,18 +305,18 @@ class GroupConv(nn.Module):
         if self.kind in ("nonseparable", "gseparable"):
             return self._multiply("main", flat, self.full_kernel())
         if self.kind == "separable":
-            found = self._multiply("inner", flat, self.inner.flatten(0, 1))
+            found = self._multiply("inner", flat, self._operand("inner").flatten(0, 1))
         else:
-            found = self.mixing.flatten(0, 1) @ flat
+            found = self._operand("mixing").flatten(0, 1) @ flat
         if self.kind == "dgseparable":
-            found = self._depthwise("inner", found, self.inner)
-        found = self._depthwise("outer", found, self.outer)
+            found = self._depthwise("inner", found, self._operand("inner"))
+        found = self._depthwise("outer", found, self._operand("outer"))
         return found.unflatten(1, (self.terms, self.out_channels)).sum(1)
 
     def _gated(self, flat: Tensor, filters: Tensor) -> Tensor:  # filters: (o, 1 + r, i, taps) or (o, r, i, taps)
         """Σ_k gates_k ⊙ (filters_k ⋆ x); the first filter has no gate where there is one more than gates."""
         products = self._multiply("main", flat, filters.flatten(0, 1)).unflatten(1, filters.shape[:2])
-        gates = self.gates.to(products)  # under autocast they differ
+        gates = self._operand("gates").to(products)  # under autocast they differ
         if filters.shape[1] > self.rank:
             return products[:, :, 0] + (gates * products[:, :, 1:]).sum(2)
         return (gates * products).sum(2)
@@ -319,14 +324,40 @@ class GroupConv(nn.Module):
     def _departure(self, flat: Tensor) -> Tensor:  # (batch, i, n) -> (batch, o, m)
         """The residual alone."""
         if self.residual == "displacement":
-            return self._gated(flat, self.filters)
+            return self._gated(flat, self._operand("filters"))
         reads = self.get_buffer("_reads")
         if self.residual == "row":
-            values = torch.einsum("bitk,okit->bok", flat[:, :, reads], self.filters)
+            values = torch.einsum("bitk,okit->bok", flat[:, :, reads], self._operand("filters"))
             empty = values.new_zeros(flat.shape[0], self.out_channels, len(self.stencil.members))
             return empty.index_copy(2, self.get_buffer("_rows"), values)
-        mixed = (self.filters.flatten(0, 1) @ flat).unflatten(1, (self.out_channels, self.rank))
-        return (self.gates.to(mixed) * mixed.gather(3, reads.expand(*mixed.shape[:2], *reads.shape))).sum(2)
+        mixed = (self._operand("filters").flatten(0, 1) @ flat).unflatten(1, (self.out_channels, self.rank))
+        return (self._operand("gates").to(mixed) * mixed.gather(3, reads.expand(*mixed.shape[:2], *reads.shape))).sum(2)
+
+    def multiply_adds(
+        self,
+        shape: Sequence[int],  # of an output
+    ) -> int:
+        """Multiply-adds of a call in matrix products and convolutions; gates, entry by entry, are none of them."""
+        batch, o, i, r, terms = shape[0], self.out_channels, self.in_channels, self.rank, self.terms
+        n, taps = self.group.order, len(self.stencil.taps)
+
+        def product(step: str, channels: int) -> int:
+            return self._steps[step].multiply_adds(self.methods[step], channels, i, batch)
+
+        joined = self.kind == "nonseparable" and self.residual == "displacement"
+        if self.kind in ("nonseparable", "gseparable"):
+            total = product("main", o * (1 + r * joined))
+            # the kernel is a sum over terms of products
+            total += o * i * taps * terms if self.kind == "gseparable" and terms > 1 else 0
+        else:
+            total = product("inner", terms * o) if self.kind == "separable" else terms * o * i * batch * n
+            for step in ("inner", "outer") if self.kind == "dgseparable" else ("outer",):
+                total += self._steps[step].depthwise_multiply_adds(terms * o, batch)
+        if not r or joined:
+            return total
+        if self.residual == "displacement":
+            return total + product("main", o * r)
+        return total + o * r * i * batch * (taps if self.residual == "row" else n)
 
     # ------------------------------------------------------------------------------------------------- other layers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from .errors import GMError, shown
 from .groups import Group, as_given, cosets, embed, factor_generators, word_lengths
 from .groups import group as parse
 from .groups.group import Indices
+from .linalg import usual_strides
 from .stencils import multiply_labelled
 from .structure import Structure
 
@@ -103,8 +104,15 @@ class HomogeneousConv(nn.Module):
         if signal.dim() != 3 or tuple(signal.shape[1:]) != (self.in_channels, self.columns.size):
             wanted = f"(batch, {self.in_channels}, {self.columns.size})"
             raise GMError(f"a signal here has shape {wanted}, but this one has {tuple(signal.shape)}")
-        found = multiply_labelled(signal, self.kernel, self.labels)
+        found = multiply_labelled(signal, usual_strides(self.kernel), self.labels)
         return found if self.bias is None else found + self.bias.to(found)[:, None]
+
+    def multiply_adds(
+        self,
+        shape: Sequence[int],  # of an output
+    ) -> int:
+        """Multiply-adds of a call: every output reads every input."""
+        return math.prod(shape) * self.in_channels * self.columns.size
 
     def __repr__(self) -> str:
         options = f", source={self.source!r}, target={self.target!r}"

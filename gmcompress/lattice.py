@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import GMError, shown
 from .groups import Group, GSet, fixed, grid, regular
 from .groups import group as parse
+from .linalg import usual_strides
 from .structure import Structure, expand
 
 SUPPORTS = ("same", "full", "valid")
@@ -95,10 +96,10 @@ class LatticeConv(nn.Module):
     def weight(self) -> Tensor:  # (o·|H|, i·|H|, *size)
         """The weight of the ordinary convolution that does the same, differentiable; rows are (channel, element)."""
         if self.structure is None or self.point is None:
-            return self.kernel
+            return usual_strides(self.kernel)
         columns = self.in_channels * (1 if self.lift else self.point.order)
         shape = (self.out_channels * self.point.order, columns, *self.kernel_size)
-        return expand({"kernel": self.kernel.flatten(2)}, self.structure, shape)
+        return expand({"kernel": usual_strides(self.kernel).flatten(2)}, self.structure, shape)
 
     def forward(self, signal: Tensor) -> Tensor:  # (batch, i, |H| if any, *box) -> (batch, o, |H| if any, *box)
         """The signal on the group, restricted to the box that `support` names."""
@@ -115,6 +116,13 @@ class LatticeConv(nn.Module):
         if self.point is not None:
             found = found.unflatten(1, (self.out_channels, self.point.order))
         return found if self.bias is None else found + self.bias.to(found).reshape(-1, *[1] * (found.dim() - 2))
+
+    def multiply_adds(
+        self,
+        shape: Sequence[int],  # of an output
+    ) -> int:
+        """Multiply-adds of a call: every output reads the whole kernel, also where it is outside of the box."""
+        return math.prod(shape) * math.prod(self.kernel.shape[1:])
 
     def __repr__(self) -> str:
         options = ", lift=True" * self.lift + f", support={self.support!r}" * (self.support != "same")

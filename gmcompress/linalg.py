@@ -11,6 +11,14 @@ ALL = 128  # rows below which all eigenvectors are as quick as some
 DOUBLE = (torch.float32, torch.float64)  # what LAPACK computes in
 
 
+def usual_strides(tensor: Tensor) -> Tensor:
+    """A view whose gradient has the strides of a contiguous tensor, also on axes of length 1, where others do as well.
+
+    DistributedDataParallel compares strides on those too, and copies gradients (with a warning) that have others.
+    """
+    return tensor.squeeze().view(tensor.shape)
+
+
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:  # (*b, n, m) -> (*b, n, r), (*b, r), ...
     """The leading `rank` singular triples.
 

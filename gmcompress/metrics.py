@@ -16,7 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attaching import CHILD, dense_class, structured
 from .errors import GMError
+from .groupconv import GroupConv
+from .homogeneous import HomogeneousConv
 from .kinds import kind_of
+from .lattice import LatticeConv
 from .layers import GMConv2d, GMLayer, GMWeight
 from .products import multiply_adds
 from .structure import Structure, displacement_rank, distance, generator_displacement_rank
@@ -29,7 +32,8 @@ class Metrics:
     """What a model costs. Everything that needs example inputs is None without them.
 
     `parameters` counts tied ones once; `bytes` are those of the tensors that a checkpoint holds. `macs` are the
-    multiply-adds of one forward pass by formula, over all linear and convolution layers as they are executed;
+    multiply-adds of one forward pass by formula, over all linear and convolution layers, those on groups among them, as
+    they are executed; of a layer on a group its matrix products and convolutions count, no products entry by entry.
     `counted_macs` are those of torch's FlopCounterMode, which also sees attention products and other calls that no
     layer owns, but no elementwise products, as a frozen layer has in place of small matrix products for up to 4 inputs.
     `latency_ms` is the median over interleaved runs, `latency_spread_ms` the distance between their
@@ -110,15 +114,15 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def latencies(
-    calls: Sequence[Callable[[], object]], *, repeats: int, seconds: float = 20.0
+    calls: Sequence[Callable[[], object]], *, repeats: int, seconds: float = 20.0, turn: float = 0.0
 ) -> list[tuple[float, float]]:
     """Median and distance between quartiles, in milliseconds, of each call; the runs of all calls take turns.
 
-    Slow calls are repeated less often: after `seconds` in all no further round begins, but three are always run.
+    Slow calls are repeated less often: after `seconds` in all no further round begins, but three are always run. Quick
+    ones are repeated, up to 100 times, within a turn of `turn` seconds, so that the clock is not what is measured.
     """
     times: list[list[float]] = [[] for _ in calls]
-    for each in calls:
-        each()  # the first run allocates
+    inner = [_calls_in(turn, each) for each in calls]
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -126,17 +130,32 @@ def latencies(
         for done in range(max(repeats, 2)):
             if done >= 3 and time.perf_counter() - began > seconds:
                 break
-            for run_once, taken in zip(calls, times, strict=True):
-                _synchronize()
-                start = time.perf_counter()
-                run_once()
-                _synchronize()
-                taken.append(1000 * (time.perf_counter() - start))
+            for run_once, count, taken in zip(calls, inner, times, strict=True):
+                taken.append(1000 * _seconds(run_once, count))
     finally:
         if collecting:
             gc.enable()
     quartiles = [statistics.quantiles(each, n=4) for each in times]
     return [(middle, high - low) for low, middle, high in quartiles]
+
+
+def _calls_in(turn: float, call: Callable[[], object]) -> int:
+    """How many runs of a call, of which a first has been done, fit into so many seconds: between 1 and 100."""
+    call()  # the first run allocates
+    if not turn:
+        return 1
+    call()
+    return max(1, min(100, int(turn / max(_seconds(call, 1), 1e-6))))
+
+
+def _seconds(call: Callable[[], object], count: int) -> float:
+    """Of one of so many runs in a row."""
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    _synchronize()
+    return (time.perf_counter() - start) / count
 
 
 def _synchronize() -> None:
@@ -167,12 +186,13 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_COUNTED = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, GMLayer)
+_ON_GROUPS = (GroupConv, HomogeneousConv, LatticeConv)
+_COUNTED = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, GMLayer, *_ON_GROUPS)
 _COUNTED_BY_NAME = ("transformers.pytorch_utils.Conv1D",)
 
 
 def is_counted(layer: nn.Module) -> bool:
-    """Whether a module is a linear layer or convolution, or computes a weight."""
+    """Whether a module is a linear layer or convolution, on a group too, or computes a weight."""
     names = {kind_of(cls) for cls in dense_class(layer).__mro__}
     return isinstance(layer, _COUNTED) or not names.isdisjoint(_COUNTED_BY_NAME)
 
@@ -183,6 +203,8 @@ def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) ->
     A structured layer runs the dense product with its computed weight, after the products that compute it unless it is
     frozen; or, where it was frozen so, the fast product.
     """
+    if isinstance(layer, _ON_GROUPS):
+        return layer.multiply_adds(output.shape)
     if isinstance(layer, GMLayer) and layer.path == "structured":
         assert given is not None, "a layer that was called has an input"
         return _fast_macs(layer, given)

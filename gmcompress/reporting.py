@@ -61,8 +61,8 @@ class Report:
     `structured_ms` where they were measured, and the `reason`.
     `blocks` has one row per block whose layers were refitted together: `block`, its relative squared error on held-out
     data `before` and `after`, and the `rate` of Adam, 0 where it was left as it was. `accuracy` maps "dense",
-    "compressed" and "tuned" to top-1 accuracies in percent where they were measured; `history` has one row per epoch of
-    fine-tuning.
+    "compressed", "tuned" and "frozen" to top-1 accuracies in percent where they were measured; `history` has one row
+    per epoch of fine-tuning.
     """
 
     model: str

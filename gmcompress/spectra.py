@@ -1,11 +1,13 @@
 """Correlation on a product of cyclic groups through its Fourier coefficients: cosines, sines and matrix products alone.
 
 A coefficient is a real and an imaginary number on an axis of its own, and of the frequencies of the last axis half are
-enough, because signals are real. No complex numbers and no FFT: it runs in every dtype, and exports.
+enough, because signals are real. The cosines and sines are the characters of `fourier`. No complex numbers and no FFT:
+it runs in every dtype, and exports.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .fourier import Matrix, characters
+
 CHUNK = 1 << 19  # coefficients of a kernel that are made at once, so that they stay in the cache
 KEPT = 1 << 22  # coefficients of a kernel above which the backward pass makes them again instead of keeping them
-
-Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,28 @@ def transform_macs(axes: tuple[int, ...]) -> int:
     return n * 2 * half + sum(n // axes[-1] * 2 * half * 2 * each for each in axes[:-1])
 
 
+def multiply_adds(
+    found: Spectrum,
+    kernel: Sequence[int],  # (o, i, t)
+    batch: int,
+) -> int:
+    """Multiply-adds of `correlate`: the transforms of signals and kernel, the coefficients' products, and back.
+
+    >>> multiply_adds(spectrum((3,), (1,), np.array([[1]])), (1, 1, 1), 1)
+    38
+    """
+    o, i, t = kernel
+    f, each = found.frequencies, transform_macs(found.axes)
+    of_kernel = each if found.waves is None else 2 * found.waves.shape[2] * (f + t)
+    total = each * batch * i + of_kernel * i * o + 4 * f * batch * i * o
+    before, behind = 1, f * batch * o
+    for order, matrix in zip(found.axes[:-1], found.inverse[:-1], strict=True):
+        behind //= order
+        total += before * matrix.size * behind
+        before *= matrix.shape[0] // 2
+    return total + before * found.inverse[-1].size * batch * o
+
+
 def spectrum(
     axes: tuple[int, ...],
     stride: tuple[int, ...],
@@ -67,24 +91,22 @@ def spectrum(
     forward: list[Matrix] = []
     inverse: list[Matrix] = []
     for order, step in zip(axes[:-1], stride[:-1], strict=True):
-        angle = 2 * np.pi * np.outer(np.arange(order), np.arange(order)) / order  # (frequency, place)
-        cos, sin = np.cos(angle), np.sin(angle)
+        every = np.arange(order)[:, None]
+        cos, sin = characters([order], every, every)  # (frequency, place)
         # (a + ib)(cos − i·sin) = (a·cos + b·sin) + i(b·cos − a·sin)
         matrix = np.stack([np.stack([cos, sin], 2), np.stack([-sin, cos], 2)]).reshape(2 * order, 2 * order)
         forward.append(matrix)
         inverse.append(matrix.T.reshape(order, 2, -1)[::step].reshape(-1, 2 * order) / order)
     order, half = axes[-1], axes[-1] // 2 + 1
-    angle = 2 * np.pi * np.outer(np.arange(half), np.arange(order)) / order
-    forward.append(np.concatenate([np.cos(angle), -np.sin(angle)]))
+    cos, sin = characters([order], np.arange(half)[:, None], np.arange(order)[:, None])
+    forward.append(np.concatenate([cos, -sin]))
     twice = np.where((2 * np.arange(half)) % order == 0, 1.0, 2.0)  # a frequency and its negative, where they differ
     inverse.append((forward[-1] * np.tile(twice, 2)[:, None]).T[:: stride[-1]] / order)
     first, fold = _fold(axes, places)
     waves = None
     if 2 * prod(axes[:-1]) * half * len(first) <= transform_macs(axes):
         grid = np.meshgrid(*map(np.arange, axes[:-1]), np.arange(half), indexing="ij")
-        turns = np.stack([each.ravel() for each in grid], 1) / np.array(axes)  # (f, d)
-        angle = 2 * np.pi * turns @ first.T
-        waves = np.stack([np.cos(angle), np.sin(angle)])
+        waves = np.stack(characters(axes, np.stack([each.ravel() for each in grid], 1), first))
     return Spectrum(axes, tuple(forward), tuple(inverse), waves, fold)
 
 

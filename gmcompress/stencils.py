@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from . import spectra
 from .errors import GMError
 from .groups import Group, axes_of, cyclic
 from .groups.group import Indices
@@ -23,6 +24,7 @@ BOX, TAPS, DENSE, FOURIER = 0.5, 1.0, 1.0, 1.6
 MOVED = 8.0  # for a number that is gathered and added
 BATCH = 8  # examples that share the transform of a kernel
 METHODS = ("circular", "fourier", "taps", "dense")
+ROLES = "xkg"  # of the trilinear form of the product tap by tap: signal, kernel, and what is on the output's side
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,23 @@ class Stencil:
         if m * n * pairs <= MAX_DENSE:
             found["dense"] = DENSE * m * n * pairs
         return found
+
+    def multiply_adds(self, method: str, out_channels: int, in_channels: int, batch: int) -> int:
+        """Multiply-adds of `multiply` in matrix products and convolutions, as torch's FlopCounterMode counts them.
+
+        >>> ring = Stencil(cyclic(6), np.arange(6), np.array([0, 1, 5]))
+        >>> [ring.multiply_adds(method, 2, 4, 1) for method in ("circular", "taps", "dense")]
+        [144, 144, 288]
+        """
+        if method == "fourier":
+            assert self.spectrum is not None
+            return spectra.multiply_adds(self.spectrum, (out_channels, in_channels, len(self.taps)), batch)
+        reads = {"taps": len(self.taps), "dense": self.group.order}.get(method) or prod(self._box().size)
+        return reads * len(self.members) * batch * out_channels * in_channels
+
+    def depthwise_multiply_adds(self, channels: int, batch: int) -> int:
+        """Multiply-adds of `depthwise` in convolutions; tap by tap it multiplies entry by entry, and has none."""
+        return 0 if self.box is None else self.multiply_adds("circular", channels, 1, batch)
 
     def method(self, out_channels: int, in_channels: int) -> str:
         """The method that costs least."""
@@ -228,7 +247,7 @@ def _by_taps(signal: Tensor, kernel: Tensor, reads: Tensor) -> Tensor:
         low = torch.get_autocast_dtype(signal.device.type)
         signal, kernel = signal.to(low), kernel.to(low)
     rows = signal.permute(2, 0, 1).contiguous()  # (n, batch, i)
-    found = _Gather.apply(rows, kernel.permute(2, 1, 0).contiguous(), reads)  # (m, batch, o)
+    found = _Product.apply("g", len(rows), reads, rows, kernel.permute(2, 1, 0).contiguous())  # (m, batch, o)
     return found.permute(1, 2, 0)
 
 
@@ -239,7 +258,7 @@ def _gathered(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (t, 
     (_, b, i), o = x.shape, k.shape[2]
     found = x.new_zeros(reads.shape[1] * b, o)
     for tap in range(len(reads)):
-        found.addmm_(x.index_select(0, reads[tap]).view(-1, i), k[tap])
+        torch.addmm(found, x.index_select(0, reads[tap]).view(-1, i), k[tap], out=found)  # addmm_ is not counted
     return found.view(-1, b, o)
 
 
@@ -259,69 +278,37 @@ def _correlated(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:  # (n, b, i), (m
     return found
 
 
-def _one_by_one(product: Any, count: int, in_dims: Any, inputs: Any) -> Any:
-    """A product under torch.vmap, which cannot write into a tensor that it did not batch."""
-    pairs = list(zip(inputs, in_dims, strict=True))
-    found = [
-        product.apply(*(each if axis is None else each.select(axis, at) for each, axis in pairs)) for at in range(count)
-    ]
-    return torch.stack(found), 0
+class _Product(torch.autograd.Function):
+    """The product that has the role `wanted` in the trilinear form, of the two others in the order x, k, g."""
 
-
-class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, k: Tensor, reads: Tensor) -> Tensor:
-        return _gathered(x, k, reads)
+    def forward(wanted: str, n: int, reads: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        if wanted == "g":
+            return _gathered(first, second, reads)
+        return _scattered(second, first, reads, n) if wanted == "x" else _correlated(first, second, reads)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _one_by_one(_Gather, info.batch_size, in_dims, inputs)
+        """One by one, because torch.vmap cannot write into a tensor that it did not batch."""
+        pairs = list(zip(inputs, in_dims, strict=True))
+        found = [
+            _Product.apply(*(each if axis is None else each.select(axis, at) for each, axis in pairs))
+            for at in range(info.batch_size)
+        ]
+        return torch.stack(found), 0
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs)
+        ctx.wanted, ctx.n, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, k, reads = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        for_x = _Scatter.apply(g, k, reads, len(x)) if wanted[0] else None
-        return for_x, _Correlate.apply(x, g, reads) if wanted[1] else None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(g: Tensor, k: Tensor, reads: Tensor, n: int) -> Tensor:
-        return _scattered(g, k, reads, n)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _one_by_one(_Scatter, info.batch_size, in_dims, inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs[:3])
-
-    @staticmethod
-    def backward(ctx: Any, x: Tensor) -> Any:
-        g, k, reads = ctx.saved_tensors
-        return _Gather.apply(x, k, reads), _Correlate.apply(x, g, reads), None, None
-
-
-class _Correlate(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, g: Tensor, reads: Tensor) -> Tensor:
-        return _correlated(x, g, reads)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _one_by_one(_Correlate, info.batch_size, in_dims, inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, k: Tensor) -> Any:
-        x, g, reads = ctx.saved_tensors
-        return _Scatter.apply(g, k, reads, len(x)), _Gather.apply(x, k, reads), None
+    def backward(ctx: Any, given: Tensor) -> Any:
+        reads, *factors = ctx.saved_tensors
+        own = ROLES.replace(ctx.wanted, "")
+        known = {ctx.wanted: given, own[0]: factors[0], own[1]: factors[1]}
+        derivatives = [
+            _Product.apply(role, ctx.n, reads, *(known[each] for each in ROLES if each != role)) if needed else None
+            for role, needed in zip(own, ctx.needs_input_grad[3:], strict=True)
+        ]
+        return None, None, None, *derivatives

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -179,7 +180,12 @@ def test_groups(capsys):
 def test_demo_ends_in_the_table_that_matters(place, capsys):
     assert main(["demo", "--smoke"]) == 0
     printed = capsys.readouterr()
-    assert [line.split()[0] for line in printed.out.splitlines()[-4:]] == ["dense", "compressed", "tuned", "written"]
+    rows = [line.split() for line in printed.out.splitlines()[-5:]]
+    assert [row[0] for row in rows] == ["dense", "compressed", "tuned", "frozen", "written"]
+    latencies = [row[-1] for row in rows[:-1]]
+    assert latencies[1:3] == ["–", "–"]
+    ratio = float(latencies[3]) / float(latencies[0])
+    assert abs(float(re.search(r"latency ×([\d.]+)", printed.out)[1]) - ratio) < 0.05 * ratio + 0.01
     assert (place / "gmcompress-demo" / "report.html").is_file()
 
 

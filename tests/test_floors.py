@@ -11,12 +11,13 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels", "fewrows"),
-    ("factors", "factored", "selection", "calibration", "rules", "separation"),
+    ("groups", "files", "tables", "linalg", "kinds"),
+    ("fourier", "fewrows"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "spectra", "kernels"),
+    ("factors", "factored", "selection", "calibration", "rules", "separation", "stencils"),
     ("products",),
     ("fitting", "layers", "groupconv", "lattice"),
-    ("projection", "attaching", "pooling", "homogeneous"),
+    ("projection", "attaching", "pooling", "homogeneous", "separables"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
     ("reporting", "reconstruction", "blocks"),
     ("allocation", "freezing"),

@@ -1,5 +1,8 @@
 """Metrics: counts by formula agree with torch's own counter, timing is interleaved, the model is left alone."""
 
+import itertools
+import time
+
 import pytest
 import timm
 import torch
@@ -102,6 +105,17 @@ def test_slow_calls_are_repeated_less_often():
     runs = []
     latencies([lambda: runs.append(1)], repeats=50, seconds=0)
     assert len(runs) == 1 + 3  # the first run is not timed
+
+
+def test_quick_calls_are_repeated_within_their_turn():
+    order = []
+    latencies([lambda: order.append("a"), lambda: order.append("b")], repeats=2, turn=1e-3)
+    runs = ["".join(each) for _, each in itertools.groupby(order)]
+    assert [run[0] for run in runs] == list("abab" + "ab")
+    assert {len(run) for run in runs[2:]} == {100}
+    slow = []
+    latencies([lambda: slow.append(time.sleep(0.003))], repeats=2, turn=1e-3)
+    assert len(slow) == 3 + 2, "the control: calls longer than a turn"
 
 
 def test_a_larger_model_takes_longer():

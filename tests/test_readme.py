@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gmcompress import candidates
+from gmcompress import candidates, compress
 from gmcompress.cli import main
+from gmcompress.cli.printing import demo_table
+from gmcompress.reporting import Report
+from gmcompress.runs import demo, networks
+from gmcompress.runs.settings import Settings
+from gmcompress.tables import table_text
 
+NETWORKS = ("dense", "compressed", "tuned", "frozen")  # of the demo
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
 COMMANDS = [
@@ -87,6 +94,35 @@ def test_the_demo_and_the_test_command_are_those_that_ci_runs():
     assert 'python -m pip install -e ".[dev]" && python -m pytest' in lines
     assert "<!-- test command -->\n```bash\npython -m pip install -e" in (ROOT / "README.md").read_text()
     assert "test command" in (ROOT / ".ci" / "run").read_text()
+
+
+def demo_lines(text: str, report: Report) -> list[str]:
+    """What the demo would print of its networks, with the numbers that depend on the machine taken from this text."""
+    rows = [line.split() for line in text.splitlines()]
+    measured = {row[0]: (float(row[-2]), row[-1]) for row in rows if row and row[0] in NETWORKS}
+    ratio = float(re.search(r"latency ×([\d.]+)", text)[1])
+    shown = float(measured["frozen"][1]) / float(measured["dense"][1])
+    assert abs(ratio - shown) < 0.005 + 0.005 * (1 + shown) / float(measured["dense"][1]), "both of one measurement"
+    before = replace(report.before, latency_ms=float(measured["dense"][1]))
+    after = replace(report.after, latency_ms=ratio * before.latency_ms)
+    accuracy = {name: measured[name][0] for name in NETWORKS}
+    summary = replace(report, before=before, after=after, accuracy=accuracy).summary
+    after = replace(after, latency_ms=float(measured["frozen"][1]))
+    table = demo_table(replace(report, before=before, after=after, accuracy=accuracy))
+    return [summary, *table_text(*table).splitlines()]
+
+
+def test_the_output_of_the_demo_is_what_it_prints():
+    (shown,) = (block for language, block in BLOCKS if language == "text")
+    settings = Settings.read(demo.DEMO)
+    dense = networks.build(settings, trained=False)
+    report = compress(dense, inputs=networks.example_inputs(settings.images, dense), **settings.compression()).report
+    assert demo_lines(shown, report) == shown.splitlines()
+    for wrong in ("2,811,274", "20 of 22", "frozen", "1.7 %", "kept"):
+        other = shown.replace(wrong, wrong[::-1])
+        assert other != shown
+        with pytest.raises((AssertionError, KeyError)):
+            assert demo_lines(other, report) == other.splitlines()
 
 
 def test_the_measured_table_is_that_of_the_benchmark():

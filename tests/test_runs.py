@@ -396,7 +396,8 @@ def test_the_demo(tmp_path):
     threads = torch.get_num_threads()
     report = demo_run(tmp_path / "demo", smoke=True)
     assert torch.get_num_threads() == threads
-    assert list(report.accuracy) == ["dense", "compressed", "tuned"]
+    assert list(report.accuracy) == ["dense", "compressed", "tuned", "frozen"]
+    assert {row["path"] for row in report.layers} <= {"dense", "structured"}, "the last is frozen"
     assert report.accuracy["tuned"] > report.accuracy["compressed"]
     assert report.after.parameters < report.before.parameters / 4
     assert (tmp_path / "demo" / "report.html").read_text().startswith("<!")

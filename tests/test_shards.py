@@ -122,19 +122,20 @@ def test_names_tell_lookups_and_classifiers(name, role, tmp_path):
     assert bool(site_of(Entry(f"{name}.weight", tmp_path, "F32", (8, 8), 0, 256)).role) == bool(role)
 
 
-def test_memory_is_bounded_by_blocks_of_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("transposed", [(), "*"])
+def test_memory_is_bounded_by_blocks_of_rows(transposed, tmp_path, monkeypatch):
     save_file({"a.weight": torch.randn(512, 64), "b.weight": torch.randn(64, 512)}, tmp_path / "x.safetensors")
     monkeypatch.setattr(fitting, "NUMBERS", 4096)
     monkeypatch.setattr(source, "PIECE", 1024)
     sizes, kept = [], fitting._read
 
-    def watched(rows, start, stop):
-        weight = kept(rows, start, stop)
+    def watched(*given):
+        weight = kept(*given)
         sizes.append(weight.numel())
         return weight
 
     monkeypatch.setattr(fitting, "_read", watched)
-    gm.compress_shards(tmp_path / "x.safetensors", tmp_path / "small", group="C8")
+    gm.compress_shards(tmp_path / "x.safetensors", tmp_path / "small", group="C8", transposed=transposed)
     assert max(sizes) == 4096
     assert sum(sizes) == 2 * 512 * 64
     assert max(len(each) for entry in read_source(tmp_path / "x.safetensors") for each in entry.pieces()) == 1024
@@ -199,7 +200,10 @@ def changed_net(**modules):
     [
         (changed_net(up=nn.Linear(32, 72)), r"'up' has shape \(64, 32\) there, \(72, 32\) in the model"),
         (changed_net(up=nn.Identity()), "is not known to be a matrix"),
-        (changed_net(conv=nn.ConvTranspose2d(16, 8, 3)), r"holds its weight as inputs × outputs; exclude it"),
+        (
+            changed_net(conv=nn.ConvTranspose2d(16, 8, 3)),
+            r"as inputs × outputs, and was compressed as outputs × inputs: .* transposed=",
+        ),
         (changed_net(conv=nn.Conv2d(32, 16, 3, groups=4)), "in each of the 4 convolution groups divisible by 8"),
         (changed_net(norm=nn.Identity()), r"it holds 'norm\.bias', which the model has not; near: "),
         (changed_net(more=nn.Linear(2, 2)), r"it lacks 'more\.bias'"),

@@ -8,6 +8,8 @@ import torch
 from conftest import assert_close, must_fail
 from torch import Generator
 
+from gmcompress import fourier, spectra
+from gmcompress.groups import cyclic
 from gmcompress.spectra import Spectrum, _restore, _transform, correlate, spectrum, transform_macs
 
 AXES = [(1,), (2,), (5,), (8,), (3, 4), (4, 1), (2, 2, 2), (2, 3, 4), (2, 2, 2, 2)]
@@ -28,6 +30,22 @@ def test_coefficients_are_those_of_numpy_and_are_undone(axes: tuple[int, ...], g
     must_fail(assert_close, _restore(coefficients.flip(0) + 1e-6, found), signal)
     macs = sum(each.size * coefficients[:, :, 0].numel() // len(each) for each in found.forward[:-1])
     assert transform_macs(axes) == macs + found.forward[-1].size * int(np.prod(axes[:-1]))
+
+
+@pytest.mark.parametrize("order", [1, 2, 5, 8])
+def test_the_transforms_are_those_of_the_real_fourier_basis(order: int) -> None:
+    """Q has the same rows up to their norms, in the order (real characters, pairs of cosine and sine)."""
+    assert spectra.characters is fourier.characters
+    cosines, negative_sines = spectrum((order,), (1,), every_place((order,))).forward[0].reshape(2, -1, order)
+    real = [number for number in range(order // 2 + 1) if 2 * number % order == 0]
+    pairs = [number for number in range(order // 2 + 1) if 2 * number % order]
+    rows = [cosines[number] for number in real]
+    rows += [each for number in pairs for each in (cosines[number], -negative_sines[number])]
+    stacked = np.stack(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
+    basis = fourier.fourier(cyclic(order)).basis
+    assert_close(torch.from_numpy(stacked.T.copy()), basis)
+    if order > 2:
+        must_fail(assert_close, torch.from_numpy(stacked[:, ::-1].T.copy()), basis)
 
 
 @pytest.mark.parametrize("axes", AXES, ids=str)

@@ -42,7 +42,7 @@ from ..runs import (
 from ..tables import percent
 from . import flags, sharded
 from .flags import Parser, add_settings, parse
-from .printing import Table, show, watching
+from .printing import Table, demo_table, show, watching
 
 Given = dict[str, Any]
 Answer = tuple[Any, list[str | Table]]  # for --json, and for people
@@ -289,13 +289,7 @@ def _demo(given: Given, progress: Progress) -> Answer:
     folder = Path(given.get("output") or "gmcompress-demo")
     report = demo_run(folder, smoke=given.get("smoke", False), seed=given.get("seed", 0), progress=progress)
     data, (summary, *_, written) = _reported(report, folder)
-    sizes = {name: (report.before if name == "dense" else report.after).parameters for name in report.accuracy}
-    rows = [
-        (name, f"{sizes[name]:,}", percent(sizes[name], sizes["dense"]), f"{top1:.2f}")
-        for name, top1 in report.accuracy.items()
-    ]
-    table = Table("", ["network", "parameters#", "kept#", "top-1 on 360 digits, %#"], rows)
-    return data, [summary, table, written]
+    return data, [summary, demo_table(report), written]
 
 
 PLACES = {"report": ["FOLDER"], "export": ["FOLDER"], "doctor": ["MODEL"]}

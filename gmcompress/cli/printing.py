@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from ..reporting import Report
 from ..runs import Progress, silent
-from ..tables import make_table, table_text
+from ..tables import make_table, percent, table_text
 
 EVERY = 30.0  # seconds between two lines of plain progress on one step
 
@@ -24,6 +25,18 @@ class Table(NamedTuple):
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
+
+
+def demo_table(report: Report) -> Table:
+    """What the demo's networks are: the dense one, and the compressed one before and after training, and frozen."""
+    metrics = {name: report.before if name == "dense" else report.after for name in report.accuracy}
+    rows = []
+    for name, top1 in report.accuracy.items():
+        each, latency = metrics[name], metrics[name].latency_ms if name in ("dense", "frozen") else None
+        kept = percent(each.parameters, report.before.parameters)
+        shown = "–" if latency is None else f"{latency:.2f}"
+        rows.append((name, f"{each.parameters:,}", kept, f"{top1:.2f}", shown))
+    return Table("", ["network", "parameters#", "kept#", "top-1 on 360 digits, %#", "latency, ms#"], rows)
 
 
 def show(parts: Sequence[str | Table]) -> None:

@@ -18,8 +18,17 @@ FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     ),
     (("--to",), {"metavar": "FOLDER", "help": "the folder for the compressed files; gmcompress.load_shards reads it"}),
     (("--shard-size",), {"metavar": "SIZE", "help": f"bytes in one of them at most (default: {SHARD_SIZE})"}),
+    (
+        ("--transposed",),
+        {
+            "nargs": "*",
+            "metavar": "RULE",
+            "help": "weights in them that lie as inputs × outputs "
+            "(default: those of a model like GPT-2, by its config.json)",
+        },
+    ),
 )
-NAMES = ("from_safetensors", "to", "shard_size")
+NAMES = ("from_safetensors", "to", "shard_size", "transposed")
 
 
 def asked(given: dict[str, Any]) -> bool:
@@ -30,7 +39,9 @@ def asked(given: dict[str, Any]) -> bool:
     """
     there = [name for name in NAMES if given.get(name) is not None]
     if there and not {"from_safetensors", "to"} <= set(there):
-        raise GMError("--from-safetensors FILES and --to FOLDER go together, and --shard-size with them")
+        raise GMError(
+            "--from-safetensors FILES and --to FOLDER go together, and --shard-size and --transposed with them"
+        )
     other = [name for name in ("output", "experiment", "resume") if given.get(name) is not None]
     if there and other:
         raise GMError(f"--{other[0]} does not go with --from-safetensors; --to names the folder")
@@ -40,5 +51,6 @@ def asked(given: dict[str, Any]) -> bool:
 def compress(given: dict[str, Any], settings: dict[str, Any], progress: Progress) -> tuple[Any, list[Any]]:
     """Compress files; what was done, for --json and for people."""
     target, size = given["to"], str(given.get("shard_size", SHARD_SIZE))
-    found = shards_run(settings, given["from_safetensors"], target, shard_size=size, progress=progress)
+    source, turned = given["from_safetensors"], given.get("transposed")
+    found = shards_run(settings, source, target, shard_size=size, transposed=turned, progress=progress)
     return {"folder": target, "summary": found.summary, **found.to_dict()}, [str(found), f"written to {target}"]

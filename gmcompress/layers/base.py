@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GMError
+from ..linalg import usual_strides
 from ..products import Layout, keep, layout_of, prepare, why_slow
 from ..structure import Structure, expand
+from .labels import label_table
 
 Path = Literal["dense", "structured"]  # a product with the computed weight, or the fast product of its structure
 READY = "ready_"  # and a name: the buffers that a frozen layer keeps
@@ -70,10 +72,8 @@ class GMLayer(nn.Module):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)) if bias else None
         )
-        self.labels: Tensor | None  # recomputed from the structure, so not part of what is saved
-        labels = None
-        if structure.group is not None:
-            labels = torch.tensor(structure.labels, dtype=torch.int32, device=device)
+        self.labels: Tensor | None  # follows from the structure, so not part of what is saved
+        labels = None if structure.group is None else label_table(structure, device)
         self.register_buffer("labels", labels, persistent=False)
         self.reset_parameters()
 
@@ -97,15 +97,45 @@ class GMLayer(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def share_labels_(self) -> None:
+        """Take the table of labels that all layers of this structure share where the stored tensors are."""
+        if self.structure.group is not None:
+            self.labels = label_table(self.structure, self.parts()["kernel"].device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: everything but the table of labels."""
+        return super().__getstate__() | {"_buffers": self._buffers | {"labels": None}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares the table of labels with its original."""
+        super().__setstate__(state)
+        self.share_labels_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GMLayer:
+        """What `.to` and `.cuda` go through, which would give every layer a table of its own."""
+        self.labels = None
+        super()._apply(fn, recurse)
+        self.share_labels_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """With assign=True the stored tensors may now be on another device."""
+        super()._load_from_state_dict(*args, **options)
+        self.share_labels_()
+
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors of the weight by name."""
         named = {part: getattr(self, part) for part in self.PARTS}
         return {part: tensor for part, tensor in named.items() if tensor is not None}
 
+    def _operands(self) -> dict[str, Tensor]:
+        """The stored tensors as products take them."""
+        return {part: usual_strides(tensor) for part, tensor in self.parts().items()}
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, computed at every read."""
-        return expand(self.parts(), self.structure, self.weight_shape, labels=self.labels)
+        return expand(self._operands(), self.structure, self.weight_shape, labels=self.labels)
 
     @torch.no_grad()
     def assign(self, tensors: Mapping[str, Tensor], *, bias: Tensor | None = None) -> None:
@@ -139,7 +169,7 @@ class GMLayer(nn.Module):
         self.thaw_()
         with torch.inference_mode(False):
             own = ("gates", "left", "right", "scales")  # parameters, which need no copy
-            made = keep(self.parts(), self.structure) if path == "structured" else {"weight": self._computed()}
+            made = keep(self._operands(), self.structure) if path == "structured" else {"weight": self._computed()}
             for name, tensor in made.items():
                 if name not in own:
                     self.register_buffer(READY + name, tensor.detach(), persistent=False)
@@ -189,7 +219,7 @@ class GMLayer(nn.Module):
             return None
         kept = self._kept()
         if kept is None:
-            return prepare(self.parts(), self.structure)
+            return prepare(self._operands(), self.structure)
         for name in ("gates", "left", "right", "scales"):
             if self._parameters.get(name) is not None:
                 kept[name] = getattr(self, name)

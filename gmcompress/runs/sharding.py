@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import GMError
@@ -16,7 +16,13 @@ USED = ("group", "rank", "residual", "include", "exclude", "override")
 
 
 def shards_run(
-    settings: Mapping[str, Any], source: str, target: str, *, shard_size: str, progress: Progress = silent
+    settings: Mapping[str, Any],
+    source: str,
+    target: str,
+    *,
+    shard_size: str,
+    transposed: Sequence[str] | None = None,
+    progress: Progress = silent,
 ) -> Shards:
     """Compress safetensors files; of the settings those in `USED`, rank 1 where none is given.
 
@@ -34,4 +40,5 @@ def shards_run(
     def told(layer: str, done: int, of: int) -> None:
         progress("compressing", done + 1, of, layer)
 
-    return compress_shards(source, target, shard_size=shard_size, progress=told, **options)
+    more: dict[str, Any] = {"shard_size": shard_size, "transposed": transposed, "progress": told}
+    return compress_shards(source, target, **more, **options)

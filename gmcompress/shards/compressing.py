@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import GMError
 from ..files import json_digest, usable
 from ..groups import Group
-from ..planning import Override, choose
+from ..planning import Override, Plan, choose
 from ..rules import Rule, Rules
 from .description import DESCRIPTION, Shards, check_files, describe_shards, write_description
 from .layout import Unit, packed, read_size, sites_of, units_of
-from .source import Entry, read_source
+from .source import Entry, model_type, read_source
 from .target import STATE, Target
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
@@ -30,6 +31,7 @@ def compress_shards(
     include: Rules = (),
     exclude: Rules = (),
     overrides: Mapping[Rule, Override] | None = None,
+    transposed: Rules | None = None,
     shard_size: int | str = SHARD_SIZE,
     progress: Progress | None = None,
 ) -> Shards:
@@ -38,10 +40,11 @@ def compress_shards(
     `source` is one file, or a folder of them with or without an index. Every floating tensor of two axes (rows,
     columns) or four (a convolution's, in one group) named `<module>.weight` gets the largest fitting quotient of
     `group` with a residual of this rank, as `compress(rank=...)` does on layers of these shapes; its parts are stored
-    as `<module>.kernel`, `.gates` and so on, in its own type. All other tensors are copied byte for byte. Names do not
-    tell lookups from products, nor a weight from its transpose: what is by its name an embedding or the classifier
-    (`EMBEDDINGS`, `HEADS`) stays dense unless `include` names it, and weights stored as inputs × outputs are to be
-    excluded. `include`, `exclude` and `overrides` are those of `compress`, globs and "re:" patterns on module names.
+    as `<module>.kernel`, `.gates` and so on, in its own type. All other tensors are copied byte for byte. What is an
+    embedding or the classifier by its name (`EMBEDDINGS`, `HEADS`) stays dense unless `include` names it. Weights
+    stored as inputs × outputs are compressed as their transposes: those that `transposed` names, (columns, rows) or
+    (columns, rows, height, width), and without it those of a model like GPT-2, which a config.json beside the files
+    tells. Rules are globs and "re:" patterns on module names, `include`, `exclude` and `overrides` as in `compress`.
 
     At most a block of rows is in memory, with a residual of low rank at most one tensor, in float64. Shards have at
     most `shard_size` bytes, where no tensor has more. Interrupted, the same call goes on after the last whole shard;
@@ -56,18 +59,18 @@ def compress_shards(
     Traceback (most recent call last):
     gmcompress.errors.GMError: llama cannot be both source and target, nor one inside the other
     """
-    _check_apart(usable(source), usable(target))
+    _check_apart(usable(source), place := usable(target))
     entries, size = read_source(source), read_size(shard_size)
-    total = sum(each.numbers for each in entries)
-    options = {"include": include, "exclude": exclude, "overrides": overrides}
-    plan = choose(sites_of(entries), group, model_parameters=total, rank=rank, residual=residual, **options)  # type: ignore[arg-type]
-    shards = packed(units_of(entries, plan), size)
-    shapes = {site.name: list(site.shape) for site in plan.sites}
-    found = Shards(plan.group, plan.layers, plan.skipped, shapes, {}, [], [], {}, _key(entries, plan.layers, size))
-    place = usable(target)
+    options: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
+    sites, turned = sites_of(entries, transposed, model_type=model_type(source))
+    options |= {"model_parameters": sum(each.numbers for each in entries), "rank": rank, "residual": residual}
+    plan = choose(sites, group, **options)
+    shards = packed(units_of(entries, plan, turned), size)
+    key = _key(entries, plan.layers, turned, size)
+    found = _planned(plan, turned, key)
     if (place / DESCRIPTION).is_file() and not (place / STATE).is_file():
-        return _finished(place, found.key)
-    filled = Target(place, found.key)
+        return _finished(place, key)
+    filled = Target(place, key)
     try:
         filled.begin()
         _write(filled, shards, progress)
@@ -78,6 +81,12 @@ def compress_shards(
             filled.discard()
         raise
     return found
+
+
+def _planned(plan: Plan, turned: Collection[str], key: str) -> Shards:
+    """What is known before anything is computed."""
+    shapes = {site.name: list(site.shape) for site in plan.sites}
+    return Shards(plan.group, plan.layers, plan.skipped, shapes, sorted(turned), {}, [], [], {}, key)
 
 
 def _write(filled: Target, shards: Mapping[str, list[Unit]], progress: Progress | None) -> None:
@@ -104,12 +113,13 @@ def _check_apart(source: Path, target: Path) -> None:
         )
 
 
-def _key(entries: Iterable[Entry], layers: Mapping[str, str], size: int) -> str:
-    """What stands for this compression: the files as they are, the structures, the size of the shards."""
+def _key(entries: Iterable[Entry], layers: Mapping[str, str], turned: Collection[str], size: int) -> str:
+    """What stands for this compression: the files as they are, the structures and of what, the size of the shards."""
     files = sorted({each.file for each in entries})
     told = [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in files]
     tensors = [[each.name, each.dtype, list(each.shape), each.start] for each in entries]
-    return json_digest({"files": told, "tensors": tensors, "layers": dict(layers), "shard_size": size})
+    facts = {"files": told, "tensors": tensors, "layers": dict(layers), "shard_size": size}
+    return json_digest(facts | {"transposed": sorted(turned)})
 
 
 def _finished(place: Path, key: str) -> Shards:

@@ -15,7 +15,7 @@ from ..files import file_digest, read_json, sealed, unsealed, usable, write_json
 from ..structure import Structure
 from ..tables import percent, table_text
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "gmcompress-shards.json"
 
 
@@ -23,7 +23,8 @@ DESCRIPTION = "gmcompress-shards.json"
 class Shards:
     """What was done to the tensors of a model in files: a structure for some, by module name, a reason for others.
 
-    `shapes` are those of all matrices before, `relative_errors` those of the compressed, Frobenius; `parameters` and
+    `shapes` are those of all matrices before, rows first; `transposed` names those that lie as columns × rows;
+    `relative_errors` are those of the compressed, Frobenius; `parameters` and
     `bytes` are of all tensors, before and after; `files` maps each file to its SHA-256, and `key` stands for what was
     compressed and how. Embeddings and classifiers are told by their names alone: see `skipped` for what was left.
     """
@@ -32,6 +33,7 @@ class Shards:
     layers: Mapping[str, str]
     skipped: Mapping[str, str]
     shapes: Mapping[str, list[int]]
+    transposed: list[str]
     relative_errors: Mapping[str, float]
     parameters: list[int]
     bytes: list[int]
@@ -106,6 +108,9 @@ def _check(content: Mapping[str, Any], path: Path) -> None:
         good = isinstance(found, list) and len(found) >= 2 and all(type(each) is int and each >= 0 for each in found)
         if not good or (key in ("parameters", "bytes") and len(found) > 2):
             raise GMError(f"{path}: {shown(key)} has {shown(found)}, which are no sizes")
+    turned = content["transposed"]
+    if not isinstance(turned, list) or not all(isinstance(each, str) and each in content["shapes"] for each in turned):
+        raise GMError(f"{path}: 'transposed' must be a list of names of matrices")
     if not isinstance(content["group"], str) or not isinstance(content["key"], str):
         raise GMError(f"{path}: 'group' and 'key' must be texts")
     if set(content["layers"]) != set(content["relative_errors"]):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GMError
+from ..kinds import View
 from ..projection import project
 from ..structure import Structure
 from .source import Entry, opened
@@ -32,18 +33,21 @@ def rows_at_once(structure: Structure, shape: tuple[int, ...]) -> int:
     return min(shape[0], block * max(1, NUMBERS // (block * prod(shape[1:]))))
 
 
-def fit_entry(entry: Entry, structure: Structure) -> tuple[dict[str, Tensor], float]:
+def fit_entry(entry: Entry, view: View, structure: Structure) -> tuple[dict[str, Tensor], float]:
     """The stored tensors of the nearest weight of this structure, in the type of the tensor, and the relative error.
+
+    The weight lies in the tensor as the view says, which for inputs × outputs is read by columns.
 
     Raises:
         GMError: naming the tensor: it holds NaN or infinity, or a rank exceeds what it can have.
     """
-    step = rows_at_once(structure, entry.shape)
+    shape = view.matrix_shape
+    step = rows_at_once(structure, shape)
     parts: dict[str, list[Tensor]] = {}
     lost = whole = 0.0
-    for start in range(0, entry.shape[0], step):
-        with opened(entry) as rows:  # closed after each, so that the pages of the file are not held
-            weight = _read(rows, start, min(start + step, entry.shape[0]))
+    for start in range(0, shape[0], step):
+        with opened(entry) as tensor:  # closed after each, so that the pages of the file are not held
+            weight = _read(tensor, view.letters, start, min(start + step, shape[0]))
         try:
             fit = project(weight, structure)
         except GMError as problem:
@@ -57,5 +61,9 @@ def fit_entry(entry: Entry, structure: Structure) -> tuple[dict[str, Tensor], fl
     return tensors, (lost / (whole or 1.0)) ** 0.5
 
 
-def _read(rows: Any, start: int, stop: int) -> Tensor:
-    return rows[start:stop].clone()
+def _read(tensor: Any, letters: str, start: int, stop: int) -> Tensor:
+    """Some rows of the matrix."""
+    if letters[0] == "o":
+        return tensor[start:stop].clone()
+    piece = tensor[:, start:stop]
+    return View(letters, tuple(piece.shape)).matrix(piece).contiguous().clone()

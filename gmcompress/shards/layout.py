@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from ..errors import GMError, shown
+from ..kinds import View
 from ..planning import Plan
+from ..rules import Rules, listed, matching
 from ..structure import Structure
 from ..surgery import Site
 from .source import BYTES, Entry
@@ -18,6 +20,9 @@ from .source import BYTES, Entry
 FLOATS = ("F16", "BF16", "F32", "F64")
 EMBEDDINGS = ("*embed*", "*emb", "wte", "wpe", "shared", "relative_attention_bias")  # of either of the last two parts
 HEADS = ("lm_head", "head", "head.fc", "classifier", "score", "output", "fc", "cls.predictions.decoder")  # whole names
+# the last part of the names of weights that lie as inputs × outputs, by the model_type of a config.json
+_OF_GPT2 = ("c_attn", "q_attn", "c_fc", "c_proj")
+TRANSPOSED = dict.fromkeys(("gpt2", "imagegpt", "decision_transformer", "openai-gpt"), _OF_GPT2)
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -26,6 +31,7 @@ class Unit:
     """A tensor with what becomes of it: the same bytes, or the parts of a structure, by their new names."""
 
     entry: Entry
+    view: View  # how the matrix lies in it, where it is compressed
     structure: Structure | None
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -89,19 +95,35 @@ def _role(path: str) -> str:
     return "classifier, by its name" if path.lower() in HEADS else ""
 
 
-def sites_of(entries: Sequence[Entry]) -> tuple[Site, ...]:
-    """The sites among these tensors.
+def sites_of(
+    entries: Sequence[Entry], transposed: Rules | None = None, *, model_type: str = ""
+) -> tuple[tuple[Site, ...], frozenset[str]]:
+    """The sites among these tensors, and the names of those whose weight lies as inputs × outputs.
+
+    These are what the rules name, or without rules what `TRANSPOSED` knows of the type of the model.
 
     Raises:
-        GMError: two have one name.
+        GMError: two have one name, or a rule matches nothing.
     """
     found = [site for site in map(site_of, entries) if site is not None]
     if len({site.name for site in found}) < len(found):
         raise GMError("two tensors have the same name, once with .weight behind it")
-    return tuple(found)
+    if transposed is None:
+        last = TRANSPOSED.get(model_type, ())
+        named = {site.name for site in found if site.name.split(".")[-1] in last}
+    else:
+        named = {name for rule in listed(transposed) for name in matching(rule, found)}
+    turned = frozenset(site.name for site in found if site.name in named and not site.obstacle)
+    sites = (replace(each, shape=_view(each.shape, turned=each.name in turned).matrix_shape) for each in found)
+    return tuple(sites), turned
 
 
-def units_of(entries: Sequence[Entry], plan: Plan) -> list[Unit]:
+def _view(shape: tuple[int, ...], *, turned: bool) -> View:
+    """How a matrix lies in a tensor of this shape."""
+    return View(("io" if turned else "oi") + "k" * (len(shape) - 2), shape)
+
+
+def units_of(entries: Sequence[Entry], plan: Plan, transposed: Collection[str] = ()) -> list[Unit]:
     """What the plan makes of all tensors.
 
     Raises:
@@ -111,11 +133,11 @@ def units_of(entries: Sequence[Entry], plan: Plan) -> list[Unit]:
     for entry in entries:
         path = module_name(entry.name)
         if path == entry.name or path not in plan.layers:
-            found.append(Unit(entry, None, {entry.name: entry.shape}))
+            found.append(Unit(entry, View("o" * len(entry.shape), entry.shape), None, {entry.name: entry.shape}))
             continue
-        structure = Structure.parse(plan.layers[path])
-        shapes = structure.shapes(entry.shape).items()
-        unit = Unit(entry, structure, {f"{path}.{part}" if path else part: shape for part, shape in shapes})
+        structure, view = Structure.parse(plan.layers[path]), _view(entry.shape, turned=path in transposed)
+        shapes = structure.shapes(view.matrix_shape).items()
+        unit = Unit(entry, view, structure, {f"{path}.{part}" if path else part: shape for part, shape in shapes})
         for name in unit.shapes:
             if name in taken:
                 raise GMError(

@@ -14,11 +14,12 @@ from ..errors import GMError, nearest_names
 from ..files import usable
 from ..kinds import view_of
 from ..layers import GMLayer
-from ..structure import Structure, index_tensor
+from ..structure import Structure
 from ..surgery import check_model, find_weight
 from .description import Shards, check_files, describe_shards
 from .source import Entry, read_entries
 
+HOW = "compress again, with transposed= naming just the weights that lie as inputs × outputs"
 Place = tuple[nn.Module, str]  # a module, and the name under which it holds a tensor
 
 
@@ -53,7 +54,7 @@ def load_shards(folder: str | Path, model: nn.Module, *, device: torch.device | 
 
 
 def _layer(model: nn.Module, name: str, text: str, found: Shards) -> GMLayer:
-    """The empty structured layer for a weight, which must be the matrix that was compressed, rows first.
+    """The empty structured layer for a weight, which must be the matrix that was compressed, and lie in the same way.
 
     Raises:
         GMError: it has another shape or order of axes, or there is no such weight.
@@ -63,12 +64,13 @@ def _layer(model: nn.Module, name: str, text: str, found: Shards) -> GMLayer:
     view = None if parameter is None else view_of(module, key, parameter)
     if parameter is None or view is None:
         raise GMError(f"{key} of {name!r}, a {type(module).__name__}, is not known to be a matrix")
-    shape = tuple(found.shapes[name])
-    if tuple(parameter.shape) != shape:
-        raise GMError(f"{name!r} has shape {shape} there, {tuple(parameter.shape)} in the model")
-    if view.matrix_shape != shape or view.letters[0] != "o":
-        what = type(module).__name__
-        raise GMError(f"{name!r} is a {what}, which holds its weight as inputs × outputs; exclude it")
+    shape, turned = tuple(found.shapes[name]), name in found.transposed
+    what, ways = type(module).__name__, ("outputs × inputs", "inputs × outputs")
+    if (view.letters[0] == "i") != turned:
+        held, taken = ways if turned else ways[::-1]
+        raise GMError(f"{name!r} is a {what}, which holds its weight as {held}, and was compressed as {taken}: {HOW}")
+    if view.matrix_shape != shape:
+        raise GMError(f"{name!r} has shape {shape} there, {view.matrix_shape} in the model")
     return empty(model, name, text)
 
 
@@ -159,19 +161,13 @@ def _fill(
 
 @torch.no_grad()
 def _check_real(small: nn.Module) -> None:
-    """Make the tables of structured layers, one for each structure and device, and refuse what stays on meta.
+    """Give the structured layers tables on the device that they now are on, and refuse what stays on meta.
 
     Raises:
         GMError: naming a tensor that is.
     """
-    tables: dict[tuple[Structure, torch.device], Tensor] = {}
     for layer in structured(small).values():
-        if layer.labels is not None:
-            like = layer.parts()["kernel"]
-            key = (layer.structure, like.device)
-            if key not in tables:
-                tables[key] = index_tensor(layer.structure.labels, like).int()
-            layer.labels = tables[key]
+        layer.share_labels_()
     for name, each in [*small.named_parameters(), *small.named_buffers()]:
         if each.is_meta:
             raise GMError(

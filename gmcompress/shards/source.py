@@ -104,6 +104,18 @@ def read_source(source: str | Path) -> list[Entry]:
     return entries
 
 
+def model_type(source: str | Path) -> str:
+    """What the config.json beside the tensors, as Hugging Face writes it, says the model is; "" where there is none.
+
+    Raises:
+        GMError: the file is no JSON object.
+    """
+    place = usable(source)
+    path = (place if place.is_dir() else place.parent) / "config.json"
+    found = read_json(path).get("model_type") if path.is_file() else ""
+    return found if isinstance(found, str) else ""
+
+
 def _listed(index: Path) -> dict[str, str]:
     """The file of every tensor, by name, as an index says.
 

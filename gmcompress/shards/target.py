@@ -93,8 +93,8 @@ class Target:
                             put(piece)
                         continue
                     tell(unit.name)
-                    tensors, errors[unit.name] = fit_entry(unit.entry, unit.structure)
-                    for part in unit.structure.shapes(unit.entry.shape):
+                    tensors, errors[unit.name] = fit_entry(unit.entry, unit.view, unit.structure)
+                    for part in unit.structure.shapes(unit.view.matrix_shape):
                         put(_bytes_of(tensors[part]))
                 file.flush()
                 os.fsync(file.fileno())

@@ -1,0 +1,136 @@
+"""Whole models with separable kernels: the nearest ones, what is left and why; and compression beside GroupConv."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_close, must_fail
+from torch import Tensor, nn
+
+import gmcompress as gm
+from gmcompress.separation import KINDS
+
+TRAINED: dict[str, Any] = {
+    "channels": (8, 16),
+    "radius": 2,
+    "strides": ("C4xC4", None),
+    "pool": "max",
+    "head": "flatten",
+}
+
+
+def network(**options: Any) -> gm.GMCNN:
+    """On C8xC8 and then C4xC4, with a linear layer on top."""
+    torch.manual_seed(0)
+    return gm.GMCNN("C8xC8", 4, 32, **(TRAINED | options)).eval()
+
+
+def images() -> Tensor:
+    return torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_every_layer_has_the_nearest_kernel(kind: str) -> None:
+    model = network(rank=int(kind != "gseparable"))  # with whose taps the filters of a residual would outgrow it
+    before = copy.deepcopy(model.state_dict())
+    small, rows = gm.separate_layers(model, kind)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    changed = [row for row in rows if row["kind"]]
+    assert changed
+    for row in rows:
+        old, new = model.get_submodule(row["layer"]), small.get_submodule(row["layer"])
+        wanted = old.separated(kind) if row["kind"] else old
+        for name, each in wanted.state_dict().items():
+            assert_close(new.state_dict()[name], each)
+        assert (row["kind"] == kind and row["stored"] < row["dense"]) or row["reason"]
+        wrong = (new.double().weight - old.double().weight).norm() / old.full_kernel().norm() / _places(old)
+        assert_close(row["relative_error"], float(wrong.detach()), slack=1e3)
+        old.float(), new.float()
+    kept = sum(each.numel() for each in model.parameters()) - sum(row["dense"] - row["stored"] for row in rows)
+    assert sum(each.numel() for each in small.parameters()) == kept
+    assert small(images()).shape == (3, 32)
+    must_fail(assert_close, small(images()), model(images()))
+
+
+def _places(layer: gm.GroupConv) -> float:
+    """How often every entry of the kernel is in the weight, the root of it."""
+    return len(layer.stencil.members) ** 0.5
+
+
+def test_separable_kernels_stay_what_they_are() -> None:
+    model = network(radius=None).double()
+    small, rows = gm.separate_layers(model, "gseparable", include="features.4")
+    assert rows[0]["reason"] == "not included"
+    assert 0 < rows[1]["relative_error"] < 0.9
+    for layer in (model.features[0], model.features[4]):
+        exact = gm.separate(
+            layer.full_kernel().detach().unflatten(2, (-1, 8 if layer is model.features[0] else 4)), "gseparable"
+        )
+        with torch.no_grad():
+            layer.kernel.copy_(torch.einsum("koix,koih->oixh", exact["outer"], exact["inner"]).flatten(2))
+    small, rows = gm.separate_layers(model, "gseparable")
+    assert [row["kind"] for row in rows] == ["gseparable"] * 2
+    assert all(row["relative_error"] < 1e-7 for row in rows)
+    assert_close(small(images().double()), model(images().double()), slack=10)
+
+
+def test_what_is_left_says_why() -> None:
+    model = network()
+    for each in model.features[0].parameters():
+        each.requires_grad_(False)
+    small, rows = gm.separate_layers(model, "separable", exclude="features.4")
+    assert [row["reason"] for row in rows] == ["", "excluded"]
+    assert not any(each.requires_grad for each in small.features[0].parameters())
+    again, rows = gm.separate_layers(small, "separable", include=gm.GroupConv)
+    assert [row["reason"] for row in rows] == ["it is separable already", ""]
+    with pytest.raises(gm.GMError, match=r"features\.0: it is separable already; features\.4: it is separable already"):
+        gm.separate_layers(again, "separable")
+    hooked = network()
+    hooked.features[0].register_forward_hook(lambda *_: None)
+    assert "hooks of its own" in gm.separate_layers(hooked, "separable")[1][0]["reason"]
+    tied = nn.Sequential(gm.GroupConv("D4", 8, 8), gm.GroupConv("D4", 8, 8), gm.GroupConv("D4", 8, 8))
+    tied[1].kernel = tied[0].kernel
+    reasons = [row["reason"] for row in gm.separate_layers(tied, "separable")[1]]
+    assert reasons == ["another module holds its parameters too"] * 2 + [""]
+    with pytest.raises(gm.GMError, match=r"separable with 9 terms would store [\d,]+ numbers"):
+        gm.separate_layers(model, "separable", terms=9)
+    with pytest.raises(gm.GMError, match="names no two factors"):
+        gm.separate_layers(gm.GroupConv("C5", 8, 8), "separable")
+    with pytest.raises(gm.GMError, match="has no GroupConv"):
+        gm.separate_layers(nn.Linear(2, 2), "separable")
+    with pytest.raises(gm.GMError, match="matches no layer"):
+        gm.separate_layers(model, "separable", include="features.7")
+
+
+def test_saved_loaded_and_tuned(tmp_path) -> None:
+    small, _ = gm.separate_layers(network(), "separable")
+    gm.save(small, tmp_path / "small", inputs=images())
+    loaded = gm.load(tmp_path / "small", gm.separate_layers(network(), "separable")[0])
+    assert_close(loaded(images()), small(images()))
+    with pytest.raises(gm.GMError, match="was saved from another model"):
+        gm.load(tmp_path / "small", network())
+    loader = [(images(), torch.zeros(3, dtype=torch.int64))]
+    tuned = gm.tune(small, loader, teacher=network(), epochs=1, lr=0.01)
+    assert not torch.equal(tuned.features[0].outer, small.features[0].outer)
+
+
+@pytest.mark.parametrize("separated", [False, True])
+@pytest.mark.parametrize("how", [{"group": "C8", "rank": 1}, {"budget": "90%"}], ids=str)
+def test_a_model_with_group_convolutions_is_compressed_around_them(
+    how: dict[str, Any], separated: bool, tmp_path
+) -> None:
+    model = network(channels=(4, 16))
+    if separated:
+        model, _ = gm.separate_layers(model, "separable")
+    more = {"include": "last"} if "rank" in how else {}
+    result = gm.compress(model, inputs=images(), **how, **more)
+    assert list(result.plan.layers) == ["last"]
+    assert all(name.startswith("features") and reason for name, reason in result.plan.skipped.items())
+    for name, each in model.features.state_dict().items():
+        assert torch.equal(each, result.model.features.state_dict()[name])
+    assert result.report.after.macs >= result.report.after.counted_macs > 0
+    frozen = gm.freeze(result, "dense")
+    assert_close(frozen.model(images()), result.model(images()), slack=10)
+    gm.save(result, tmp_path / "small")
+    assert_close(gm.load(tmp_path / "small", model)(images()), result.model(images()))
