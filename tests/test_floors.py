@@ -12,7 +12,7 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels"),
+    ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "fourier", "stencils", "kernels"),
     ("factors", "products", "selection", "calibration", "rules", "separation"),
     ("fitting", "layers", "groupconv", "lattice"),
     ("projection", "attaching", "pooling", "homogeneous"),
@@ -30,7 +30,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALGEBRA = {
     room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation")
 }
-PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
+PURE = {
+    "groups": {"torch"},
+    "budgets": {"torch"},
+    "selection": {"torch"},
+    "knapsack": {"torch"},
+    **ALGEBRA,
+}  # what a room may never import
 
 
 def room_of(path: Path) -> str:
