@@ -67,7 +67,7 @@ def make_plan(
         if residual != "displacement":
             raise GMError("residual= is for every layer alike; it goes with rank=, and under a budget the plan chooses")
         budgets, rules["ties"] = parse_budget(DEFAULT_BUDGET if budget is None else budget), ties
-        return allocate(job.table(rules, job.notes(checkpoint, "table", rules)), budgets)
+        return allocate(job.table(rules, job.notes(checkpoint, "table", rules), [budgets]), budgets)
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
     sites = trace(model, job.inputs)
@@ -104,7 +104,7 @@ def sweep(
     parsed = [parse_budget(each) for each in budgets]
     job = Job.of(model, group, inputs, data, samples, effort, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
-    table = job.table(rules, job.notes(checkpoint, "table", rules))
+    table = job.table(rules, job.notes(checkpoint, "table", rules), parsed)
     return [allocate(table, each) for each in parsed]
 
 
