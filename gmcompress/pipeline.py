@@ -314,7 +314,7 @@ def tune(
 
     The teacher defaults to the dense model of the Result. `options` are those of `gmcompress.tuning.fine_tune`: the
     fields of `Recipe` (temperature, distillation, task, optimizer, weight_decay, recalibrate, ema, amp, seed, ...) and
-    `evaluate`, `folder`, `resume`, `progress`.
+    `evaluate`, `folder`, `resume`, `progress`, `each_epoch`.
 
     Raises:
         GMError: an empty loader, a teacher with other outputs, a training that diverges, or an option of another name.
@@ -322,7 +322,8 @@ def tune(
     student = model.model if isinstance(model, Result) else model
     if teacher is None and isinstance(model, Result):
         teacher = model.teacher
-    ours, run_options = {each.name for each in fields(Recipe)}, {"evaluate", "folder", "resume", "progress"}
+    ours = {each.name for each in fields(Recipe)}
+    run_options = {"evaluate", "folder", "resume", "progress", "each_epoch"}
     unknown = sorted(set(options) - ours - run_options)
     if unknown:
         near = nearest_names(unknown[0], ours | run_options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -211,7 +211,8 @@ class Report:
             GMError: another suffix, or the file cannot be written.
         """
         path = usable(path)
-        writers = {".html": self.to_html, ".json": self.to_json, ".txt": partial(self.to_text, width=WIDTH)}
+        writers: dict[str, Callable[[], str]] = {".html": self.to_html, ".json": self.to_json}
+        writers[".txt"] = partial(self.to_text, width=WIDTH)  # whatever the terminal
         if path.suffix not in writers:
             raise GMError(f"a report is saved as {', '.join(writers)}, not as {path.name!r}")
         write_text(path, writers[path.suffix]() + "\n")

@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-
 WIDTH = 140  # columns of a table in a file or a pipe
 
 
