@@ -75,7 +75,8 @@ def priced(
 def multiply_adds(structure: Structure | None, shape: Sequence[int], *, conv_groups: int = 1) -> int:
     """Multiply-adds for one output position of a layer, whichever is less of the dense and the fast product.
 
-    A kernel of odd size is taken to see each input position once, one of even size to cut the image into patches.
+    A kernel of odd size is taken to see each input position once, one of even size to cut the image into patches. A
+    grouped convolution has no fast product.
 
     >>> multiply_adds(Structure.parse("C2^2"), (64, 64, 3, 3))  # a quarter of 36,864, and two transforms
     9728
