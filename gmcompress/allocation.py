@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .budgets import Budget
 from .calibration import collect, divergence, first_examples, outputs
-from .candidates import Subject, candidates, multiply_adds, rank_within
+from .candidates import Subject, candidates, offered, priced, rank_within
 from .errors import GMError
 from .factors import Metric, start_factors
 from .groups import Group
@@ -19,7 +20,7 @@ from .notes import Notes
 from .planning import Eligible, Plan
 from .projection import EXACT
 from .reconstruction import Calibration
-from .selection import Candidate, Selection, select
+from .selection import Candidate, Selection, check_reachable, select
 from .structure import Structure, expand
 from .surgery import Site, find_weight, is_plain, read_weight, write_weight
 
@@ -94,13 +95,17 @@ def tabulate(
             assert weight is not None, "only matrices are planned"
             metric = Metric() if calibration is None else calibration.metric(name, layer, seen)
             subject = subject_of(by_name[name], weight, metric, positions=(positions or {}).get(name))
-            table = isinstance(layer, nn.Embedding | nn.EmbeddingBag)  # in which the order of the rows means nothing
-            found[name] = candidates(subject, None if table else group)
+            found[name] = candidates(subject, _fitting(dense, name, group))
             if probes is not None:
                 sensitivity = probes.measure(name, subject)
                 found[name] = [sensitivity.weigh(each) for each in found[name]]
             notes.write("table", name, {"rows": [asdict(each) for each in found[name]]})
     return {name: found[name] for name in by_name}
+
+
+def _fitting(dense: nn.Module, name: str, group: Group | None) -> Group | None:
+    """The group whose matrices a layer may become; none for a table, in which the order of the rows means nothing."""
+    return None if isinstance(find_weight(dense, name)[0], nn.Embedding | nn.EmbeddingBag) else group
 
 
 def _chunks(dense: nn.Module, names: Sequence[str], calibration: Calibration) -> list[list[str]]:
@@ -144,7 +149,8 @@ class _Probes:
 class Table:
     """Everything that a choice under a budget depends on; plans for any number of budgets follow from one table.
 
-    `totals` are those of the dense model: params, bytes and, where it was run, macs.
+    `totals` are those of the dense model: params, bytes and, where it was run, macs. `itemsizes` are the bytes of a
+    number of each layer that may change, free or prescribed; they differ in a model of several dtypes.
     """
 
     eligible: Eligible
@@ -153,37 +159,73 @@ class Table:
     group: str
     totals: Mapping[str, int]
     positions: Mapping[str, int] | None
-    itemsize: int
+    itemsizes: Mapping[str, int]
     calibrated: bool
 
     def whole(self) -> dict[str, list[Candidate]]:
         """The candidates of the free layers, and of the prescribed ones the single one that each has."""
-        shapes = {site.name: site.shape for site in self.sites}
-        conv_groups = {site.name: site.conv_groups for site in self.sites}
         full = {name: list(each) for name, each in self.candidates.items()}
         for name, structure in self.eligible.prescribed.items():
-            macs = None
-            if self.positions is not None:
-                macs = self.positions.get(name, 0) * multiply_adds(
-                    structure, shapes[name], conv_groups=conv_groups[name]
-                )
-            stored = structure.parameters(shapes[name])
-            full[name] = [Candidate(str(structure), stored, stored * self.itemsize, macs, 0.0)]
+            full[name] = self.priced(name, [structure])
         return full
+
+    def priced(self, name: str, structures: Iterable[Structure | None]) -> list[Candidate]:
+        """Structures, None for dense, in place of a layer, with their costs and no loss."""
+        site = next(site for site in self.sites if site.name == name)
+        positions = None if self.positions is None else self.positions.get(name, 0)
+        facts: dict[str, Any] = {"conv_groups": site.conv_groups, "itemsize": self.itemsizes[name]}
+        return [priced(each, site.shape, 0.0, positions=positions, **facts) for each in structures]
+
+    def limits(self, budgets: Sequence[Budget]) -> dict[str, int]:
+        """The budgets as counts, by what they limit.
+
+        Raises:
+            GMError: one on multiply-adds where no inputs were given.
+        """
+        for budget in budgets:
+            if budget.what not in self.totals:
+                raise GMError(f"{budget}: multiply-adds are counted from a run, so give example inputs or data")
+        return {budget.what: budget.absolute(self.totals[budget.what]) for budget in budgets}
 
     def fixed(self) -> dict[str, int]:
         """The costs of what no choice changes."""
         shapes = {site.name: site.shape for site in self.sites}
-        names = [*self.candidates, *self.eligible.prescribed]
+        names = list(self.itemsizes)
         dense = {name: math.prod(shapes[name]) for name in names}
         found = {
             "params": self.totals["params"] - sum(dense.values()),
-            "bytes": self.totals["bytes"] - self.itemsize * sum(dense.values()),
+            "bytes": self.totals["bytes"] - sum(self.itemsizes[name] * dense[name] for name in names),
         }
         if "macs" in self.totals:
             positions = self.positions or {}
             found["macs"] = self.totals["macs"] - sum(positions.get(name, 0) * dense[name] for name in names)
         return found
+
+
+def check_budgets(table: Table, dense: nn.Module, group: Group | None, budgets: Sequence[Budget]) -> None:
+    """Refuse budgets that no choice can meet, as the shapes alone tell; the table needs no candidates for that.
+
+    Where adapted bases may be smaller than all else by the rounding of ranks, the size told leaves them out, for it is
+    not known before the fits which of them there will be.
+
+    Raises:
+        GMError: as `allocate`, but that budgets which exclude each other are not found out.
+    """
+    limits = table.limits(budgets)
+    facts: dict[str, Any] = {"fixed_costs": table.fixed(), "totals": table.totals, "ties": table.eligible.ties}
+
+    def check(*, grids: bool) -> None:
+        known: dict[str, list[Candidate]] = {}
+        for site in table.eligible.free:
+            own = _fitting(dense, site.name, group)
+            found = offered(site.shape, own, conv_groups=site.conv_groups, grids=grids)
+            known[site.name] = table.priced(site.name, found)
+        check_reachable(replace(table, candidates=known).whole(), limits, **facts)
+
+    try:
+        check(grids=True)
+    except GMError:
+        check(grids=False)  # which offers less, so that it raises too
 
 
 def allocate(table: Table, budgets: Sequence[Budget]) -> Plan:
@@ -192,20 +234,18 @@ def allocate(table: Table, budgets: Sequence[Budget]) -> Plan:
     Raises:
         GMError: the budgets cannot be reached, or one on multiply-adds where no inputs were given.
     """
-    full, fixed, limits = table.whole(), table.fixed(), {}
-    for budget in budgets:
-        if budget.what not in table.totals:
-            raise GMError(f"{budget}: multiply-adds are counted from a run, so give example inputs or data")
-        limits[budget.what] = budget.absolute(table.totals[budget.what])
+    full, fixed, limits = table.whole(), table.fixed(), table.limits(budgets)
     ties = table.eligible.ties
     chosen = select(full, limits, fixed_costs=fixed, totals=table.totals, ties=ties)
     picked = {name: full[name][index].structure for name, index in chosen.choice.items()}
     structures = {name: None if text is None else Structure.parse(text) for name, text in picked.items()}
-    if set(limits) == {"params"}:
+    if set(limits) in ({"params"}, {"bytes"}):
+        (kind,) = limits
         held = [*table.eligible.prescribed, *(name for names in ties for name in names)]
-        room = limits["params"] - fixed["params"] - chosen.costs["params"]
+        room = limits[kind] - fixed[kind] - chosen.costs[kind]
         shapes = {site.name: site.shape for site in table.sites}
-        structures = fill(structures, shapes, room, full, fixed=held)
+        prices = table.itemsizes if kind == "bytes" else dict.fromkeys(table.itemsizes, 1)
+        structures = fill(structures, shapes, room, full, prices=prices, fixed=held)
     return _plan(table, structures, chosen, budgets)
 
 
@@ -232,27 +272,29 @@ def fill(
     room: int,
     table: Mapping[str, Sequence[Candidate]],
     *,
+    prices: Mapping[str, int],  # what a number of each layer takes of the room: its bytes, or 1
     fixed: Sequence[str] = (),  # layers that keep the rank they have
 ) -> dict[str, Structure | None]:
-    """The choice with ranks raised while `room` more numbers may be stored, the steepest loss per number first.
+    """The choice with ranks raised while there is `room`, in numbers or in bytes, the most loss spared for it first.
 
     The table offers a ladder of sizes; between its rungs the loss still falls with every rank.
     """
     found = dict(chosen)
-    slopes = {name: _slope(table[name], str(found[name])) for name in found if found[name] and name not in fixed}
+    free = [name for name in found if found[name] and name not in fixed]
+    slopes = {name: _slope(table[name], str(found[name])) / prices[name] for name in free}
     for name in sorted(slopes, key=lambda each: -slopes[each]):
         structure = found[name]
         assert structure is not None
         if structure.group is not None or not structure.lowrank:
             continue
         shape = tuple(shapes[name])
-        most = structure.parameters(shape) + room
+        most = structure.parameters(shape) + room // prices[name]
         rank = min(
             rank_within(shape, most, grid=structure.grid, split=structure.split), _next_rank(table[name], structure)
         )
         grown = Structure.factors(max(rank, structure.lowrank), grid=structure.grid, split=structure.split)
         if grown.parameters(shape) < math.prod(shape):
-            room -= grown.parameters(shape) - structure.parameters(shape)
+            room -= prices[name] * (grown.parameters(shape) - structure.parameters(shape))
             found[name] = grown
     return found
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,20 +54,30 @@ class Subject:
 
     def candidate(self, structure: Structure | None, loss: float) -> Candidate:
         """The candidate with its exact costs."""
-        dense = self.weight.numel()
-        stored = dense if structure is None else structure.parameters(self.shape)
-        macs = (
-            None
-            if self.positions is None
-            else self.positions * multiply_adds(structure, self.shape, conv_groups=self.conv_groups)
-        )
-        return Candidate(None if structure is None else str(structure), stored, stored * self.itemsize, macs, loss)
+        counts: dict[str, Any] = {"positions": self.positions, "itemsize": self.itemsize}
+        return priced(structure, self.shape, loss, conv_groups=self.conv_groups, **counts)
+
+
+def priced(
+    structure: Structure | None,  # None: dense
+    shape: Sequence[int],  # of the weight
+    loss: float,
+    *,
+    conv_groups: int,
+    positions: int | None,
+    itemsize: int,
+) -> Candidate:
+    """A structure in place of a weight as a candidate, with its exact costs; the counts are as in `Subject`."""
+    stored = prod(shape) if structure is None else structure.parameters(shape)
+    macs = None if positions is None else positions * multiply_adds(structure, shape, conv_groups=conv_groups)
+    return Candidate(None if structure is None else str(structure), stored, stored * itemsize, macs, loss)
 
 
 def multiply_adds(structure: Structure | None, shape: Sequence[int], *, conv_groups: int = 1) -> int:
     """Multiply-adds for one output position of a layer, whichever is less of the dense and the fast product.
 
-    A kernel of odd size is taken to see each input position once, one of even size to cut the image into patches.
+    A kernel of odd size is taken to see each input position once, one of even size to cut the image into patches. A
+    grouped convolution has no fast product.
 
     >>> multiply_adds(Structure.parse("C2^2"), (64, 64, 3, 3))  # a quarter of 36,864, and two transforms
     9728
@@ -74,9 +85,11 @@ def multiply_adds(structure: Structure | None, shape: Sequence[int], *, conv_gro
     dense = prod(shape)
     if structure is None:
         return dense
+    if why_slow(structure, conv_groups) is not None:
+        return dense
     if structure.group is None:
         return min(dense, structure.parameters(shape))
-    if why_slow(structure, conv_groups) is not None or len(shape) not in (2, 4):
+    if len(shape) not in (2, 4):
         return dense
     taps = tuple(shape[2:]) or (1, 1)
     sizes = tuple(1 if each % 2 else each for each in taps)
@@ -116,6 +129,30 @@ def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
     return undominated(found)
 
 
+def offered(
+    shape: Sequence[int],
+    group: Group | None,
+    *,
+    conv_groups: int = 1,
+    grids: bool = True,
+) -> list[Structure | None]:
+    """The structures among which `candidates` finds those of a weight of this shape, known before any fit; None: dense.
+
+    Each is sure to be there, or one that is no larger, but for adapted bases, left out without `grids`: the fits tell
+    which grid is kept.
+
+    >>> [str(each) for each in offered((8, 8), None, grids=False)]
+    ['None', 'lowrank:1', 'lowrank:2', 'lowrank:3']
+    """
+    split = _has_split(shape)
+    found: list[Structure | None] = [None]
+    for view in [False, True] if split else [False]:
+        found += [Structure.factors(rank, split=view) for rank in _ladder(shape, split=view)]
+    for grid in grids_of(shape) if grids else []:
+        found += [Structure.factors(rank, grid=grid, split=split) for rank in _ladder(shape, grid, split=split)]
+    return found if group is None else [*found, *_group_structures(shape, group, conv_groups)]
+
+
 def undominated(found: Sequence[Candidate]) -> list[Candidate]:
     """The candidates than which no other is at most as large in every cost and at most as lossy, by size."""
     kept: list[Candidate] = []
@@ -140,16 +177,21 @@ def _cost(subject: Subject) -> float:
 
 def _low_ranks(subject: Subject, *, split: bool) -> tuple[list[Candidate], Tensors]:
     """Low ranks of rows × columns·taps or, split, of rows·ky × columns·kx, and the tensors of the largest."""
-    limit = subject.weight.numel()
-    ranks = [rank_within(subject.shape, int(share * limit), grid=None, split=split) for share in SHARES]
-    if not (largest := max(ranks)):
+    ranks = _ladder(subject.shape, split=split)
+    if not ranks:
         return [], {}
-    tensors = start_factors(subject.weight, Structure.factors(largest, split=split), subject.metric)
+    tensors = start_factors(subject.weight, Structure.factors(ranks[-1], split=split), subject.metric)
     found = []
-    for rank in sorted({each for each in ranks if each}):
+    for rank in ranks:
         structure, cut = Structure.factors(rank, split=split), _leading(tensors, rank)
         found.append(subject.candidate(structure, subject.relative_loss(expand(cut, structure, subject.shape))))
     return found, tensors
+
+
+def _ladder(shape: Sequence[int], grid: tuple[int, int] | None = None, *, split: bool) -> list[int]:
+    """The ranks offered of one family, ascending: the largest within every share of the dense numbers."""
+    ranks = {rank_within(shape, int(share * prod(shape)), grid=grid, split=split) for share in SHARES}
+    return sorted(ranks - {0})
 
 
 def _leading(tensors: Tensors, rank: int) -> Tensors:
@@ -179,9 +221,8 @@ def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
     if not chains:
         return []
     grid = min(chains)[1]
-    ranks = {rank_within(subject.shape, int(share * limit), grid=grid, split=split) for share in SHARES}
     found, tensors = [], None
-    for rank in sorted(ranks - {0}):
+    for rank in _ladder(subject.shape, grid, split=split):
         structure = Structure.factors(rank, grid=grid, split=split)
         tensors, loss = fit_factors(subject, structure, tensors, iterations=steps)
         found.append(subject.candidate(structure, loss))
@@ -211,12 +252,11 @@ def _estimated(subject: Subject, low_ranks: Sequence[Candidate], start: Tensors,
     (x0, y0), (x1, y1) = ahead
     slope = (y1 - y0) / max(x1 - x0, 1 / limit)
     found = []
-    for share in SHARES:
-        structure = _sized(subject, share, grid, split=split)
-        if structure is not None:
-            stored = structure.parameters(subject.shape)
-            factor = math.exp(min(y0 + slope * (min(max(stored / limit, x0), x1) - x0), 0.0))
-            found.append(subject.candidate(structure, factor * _loss_at(low_ranks, stored)))
+    for rank in _ladder(subject.shape, grid, split=split):
+        structure = Structure.factors(rank, grid=grid, split=split)
+        stored = structure.parameters(subject.shape)
+        factor = math.exp(min(y0 + slope * (min(max(stored / limit, x0), x1) - x0), 0.0))
+        found.append(subject.candidate(structure, factor * _loss_at(low_ranks, stored)))
     return found
 
 
@@ -266,16 +306,20 @@ def _grown(subject: Subject, structure: Structure, smaller: Tensors) -> Tensors:
 
 def _group_matrices(subject: Subject, group: Group) -> Iterator[Candidate]:
     """The nearest group matrices of every quotient that fits, alone and with small displacement ranks."""
-    rows, columns = subject.shape[0] // subject.conv_groups, subject.shape[1]
-    width = gcd(rows, columns)
+    for structure in _group_structures(subject.shape, group, subject.conv_groups):
+        fit = project(subject.weight, structure)
+        yield subject.candidate(structure, _loss(subject, structure, dict(fit.tensors)))
+
+
+def _group_structures(shape: Sequence[int], group: Group, conv_groups: int) -> Iterator[Structure]:
+    width = gcd(shape[0] // conv_groups, shape[1])
     for quotient in quotients(group):
         if quotient.order == 1 or quotient.order > LARGEST_QUOTIENT or width % quotient.order:
             continue
         for rank in range(min(3, quotient.order)):
             structure = Structure.regular(quotient, displacement=rank)
-            if structure.parameters(subject.shape) < subject.weight.numel():
-                fit = project(subject.weight, structure)
-                yield subject.candidate(structure, _loss(subject, structure, dict(fit.tensors)))
+            if structure.parameters(shape) < prod(shape):
+                yield structure
 
 
 def plain_svd(subject: Subject, limit: int) -> tuple[Structure, float]:

@@ -144,7 +144,7 @@ class Examination:
         ]
         rest = self.parameters - sum(each.parameters for each in self.findings)
         totals.append(("(vectors)", "", percent(rest, self.parameters), "biases, norms, scales; left dense"))
-        parts = [table_text(f"Examination of {self.model} for {self.group}", columns, rows, width=160)]
+        parts = [table_text(f"Examination of {self.model} for {self.group}", columns, rows)]
         parts.append(table_text("", ["verdict", "count#", "share#", "what it means"], totals))
         return "\n".join([*parts, *self.lines()])
 

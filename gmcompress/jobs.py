@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .allocation import Table, tabulate
+from .allocation import Table, check_budgets, tabulate
 from .blocks import Refit, refit_blocks
+from .budgets import Budget
 from .calibration import first_of, take
 from .errors import GMError
 from .factors import Metric
@@ -93,8 +94,13 @@ class Job:
         }
         return Notes(folder, key)
 
-    def table(self, rules: Mapping[str, Any], notes: Notes) -> Table:
-        """What every layer may become, and what that would cost."""
+    def table(self, rules: Mapping[str, Any], notes: Notes, budgets: Iterable[Sequence[Budget]]) -> Table:
+        """What every layer may become, and what that would cost.
+
+        Raises:
+            GMError: rules, weights or inputs that cannot be used; or, before anything is fitted, budgets that the
+                shapes show to be out of reach.
+        """
         dense, sites = shell(self.model), trace(self.model, self.inputs)
         bound = parse_group(self.group) if isinstance(self.group, str) else self.group
         chosen = eligible(sites, **rules)
@@ -102,16 +108,18 @@ class Job:
         for name in names:
             with _naming(name):
                 check_weight(_matrix(dense, name))
+        itemsizes = {name: _matrix(dense, name).element_size() for name in [*names, *chosen.prescribed]}
         totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
         positions = None
         if self.inputs is not None:
             positions = layer_positions(dense, self.inputs, [*names, *chosen.prescribed])
             totals["macs"] = count_macs(dense, self.inputs)[0]
-        known = self.calibration(dense, names)
+        table = Table(chosen, sites, {}, str(bound), totals, positions, itemsizes, bool(self.batches))
+        for each in budgets:
+            check_budgets(table, dense, bound, each)
         options: dict[str, Any] = {"positions": positions, "notes": notes, "progress": self.progress}
-        table = tabulate(private(dense), chosen.free, bound, calibration=known, **options)
-        itemsize = next(self.model.parameters()).element_size()
-        return Table(chosen, sites, table, str(bound), totals, positions, itemsize, known is not None)
+        options["calibration"] = self.calibration(dense, names)
+        return replace(table, candidates=tabulate(private(dense), chosen.free, bound, **options))
 
     def fits(self, plan: Plan, notes: Notes) -> Reconstruction:
         """The fit of every layer of a plan: to the dense layers' outputs where there is data, else to their weights."""

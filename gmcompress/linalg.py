@@ -65,19 +65,68 @@ def trailing_energy(gram: Tensor, rank: int) -> float:  # (b, n, n) positive sem
     """
     n = gram.shape[-1]
     if gram.device.type == "cpu" and n >= ALL and 0 < 16 * rank < n:
-        from scipy.sparse.linalg import ArpackError, eigsh
-
-        start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).numpy()
-        options: dict[str, Any] = {"tol": 1e-6, "v0": start, "return_eigenvectors": False}
         whole = float(gram.diagonal(dim1=-2, dim2=-1).double().sum())
-        try:
-            lost = whole - sum(float(eigsh(each.numpy(), rank, **options).sum(dtype=float)) for each in gram)
-        except ArpackError:  # no convergence, or a matrix of zeros
-            lost = 0.0
+        leading = _leading_values(gram, rank)
+        lost = 0.0 if leading is None else whole - float(leading.double().sum())
         if lost > 1e-3 * whole:
             return lost
     energies = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
     return float(energies[:, : max(n - rank, 0)].sum())
+
+
+def _leading_values(gram: Tensor, rank: int) -> Tensor | None:  # (b, n, n), on the CPU -> (b, rank)
+    """The largest eigenvalues by Lanczos iteration; None where it does not converge, or for a matrix of zeros."""
+    from scipy.sparse.linalg import ArpackError, eigsh
+
+    start = torch.randn(gram.shape[-1], generator=torch.Generator().manual_seed(0), dtype=gram.dtype).numpy()
+    options: dict[str, Any] = {"tol": 1e-6, "v0": start, "return_eigenvectors": False}
+    try:
+        return torch.stack([torch.from_numpy(eigsh(each.numpy(), rank, **options)) for each in gram])
+    except ArpackError:
+        return None
+
+
+def _small_gram(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (b, n, n) or (b, m, m), whichever is smaller
+    short = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    return (short @ short.mT).flatten(0, -3) if matrix.dim() > 2 else (short @ short.mT)[None]
+
+
+def spectral_norm(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (*b,)
+    """The largest singular value, from the smaller Gram matrix, in which it loses no digits.
+
+    >>> spectral_norm(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
+    tensor(4.)
+    """
+    gram = _small_gram(matrix)
+    iterated = gram.device.type == "cpu" and gram.dtype in DOUBLE and gram.shape[-1] >= ALL
+    found = _leading_values(gram, 1) if iterated else None
+    values = torch.linalg.eigvalsh(gram) if found is None else found
+    return values[:, -1].clamp_min(0).sqrt().reshape(matrix.shape[:-2])
+
+
+def count_above(matrix: Tensor, scale: Tensor, tolerance: float) -> Tensor:  # (*b, n, m), (*b,) -> (*b,)
+    """How many singular values are above tolerance × scale, where `scale` is about the largest one or more.
+
+    Where the square of the tolerance is well above the rounding of the dtype they are counted on the smaller Gram
+    matrix G, for a large one without computing them: G − (tolerance × scale)² = L D Lᵀ has as many positive eigenvalues
+    as D has, and each block of D of size two has one. Otherwise by their singular values.
+
+    Source: Sylvester's law of inertia; Bunch and Kaufman 1977, Mathematics of Computation 31, for the blocks.
+
+    >>> count_above(torch.diag(torch.tensor([5.0, 1.0, 1e-3])), torch.tensor(5.0), 0.01)
+    tensor(2)
+    """
+    if tolerance**2 < 100 * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps:
+        return (torch.linalg.svdvals(matrix) > tolerance * scale[..., None]).sum(-1)
+    gram, level = _small_gram(matrix), (tolerance * scale.reshape(-1, 1)).square()
+    if gram.shape[-1] < ALL:
+        found = (torch.linalg.eigvalsh(gram) > level).sum(-1)
+    else:
+        shifted = gram - torch.diag_embed(level.expand(gram.shape[:-1]))
+        factors, pivots, _ = torch.linalg.ldl_factor_ex(shifted)
+        single = (factors.diagonal(dim1=-2, dim2=-1) > 0) & (pivots > 0)
+        found = single.sum(-1) + (pivots < 0).sum(-1) // 2
+    return found.reshape(matrix.shape[:-2])
 
 
 def ridged(matrices: Tensor, ridge: float) -> Tensor:  # (*b, n, n)

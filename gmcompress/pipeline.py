@@ -67,7 +67,7 @@ def make_plan(
         if residual != "displacement":
             raise GMError("residual= is for every layer alike; it goes with rank=, and under a budget the plan chooses")
         budgets, rules["ties"] = parse_budget(DEFAULT_BUDGET if budget is None else budget), ties
-        return allocate(job.table(rules, job.notes(checkpoint, "table", rules)), budgets)
+        return allocate(job.table(rules, job.notes(checkpoint, "table", rules), [budgets]), budgets)
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
     sites = trace(model, job.inputs)
@@ -104,7 +104,7 @@ def sweep(
     parsed = [parse_budget(each) for each in budgets]
     job = Job.of(model, group, inputs, data, samples, effort, progress)
     rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
-    table = job.table(rules, job.notes(checkpoint, "table", rules))
+    table = job.table(rules, job.notes(checkpoint, "table", rules), parsed)
     return [allocate(table, each) for each in parsed]
 
 
@@ -314,7 +314,7 @@ def tune(
 
     The teacher defaults to the dense model of the Result. `options` are those of `gmcompress.tuning.fine_tune`: the
     fields of `Recipe` (temperature, distillation, task, optimizer, weight_decay, recalibrate, ema, amp, seed, ...) and
-    `evaluate`, `folder`, `resume`, `progress`.
+    `evaluate`, `folder`, `resume`, `progress`, `each_epoch`.
 
     Raises:
         GMError: an empty loader, a teacher with other outputs, a training that diverges, or an option of another name.
@@ -322,7 +322,8 @@ def tune(
     student = model.model if isinstance(model, Result) else model
     if teacher is None and isinstance(model, Result):
         teacher = model.teacher
-    ours, run_options = {each.name for each in fields(Recipe)}, {"evaluate", "folder", "resume", "progress"}
+    ours = {each.name for each in fields(Recipe)}
+    run_options = {"evaluate", "folder", "resume", "progress", "each_epoch"}
     unknown = sorted(set(options) - ours - run_options)
     if unknown:
         near = nearest_names(unknown[0], ours | run_options)

@@ -112,7 +112,7 @@ class Plan:
         )
         if self.optimum is not None:
             summary += "\n" + _optimum_line(self.optimum)
-        return table_text(f"Plan for {self.group}", columns, rows, width=140) + "\n" + summary
+        return table_text(f"Plan for {self.group}", columns, rows) + "\n" + summary
 
     def kinds(self) -> dict[str, int]:
         """How many layers get which kind of structure: "adapted bases", "low rank", or the group of its matrices."""

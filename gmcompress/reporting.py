@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,7 +17,7 @@ from .metrics import Metrics
 from .pages import render_html
 from .planning import Plan
 from .surgery import Inputs
-from .tables import percent, table_text
+from .tables import WIDTH, percent, table_text
 
 LAYER: dict[str, Any] = {"layer": str, "structure": str, "dense": int, "stored": int}  # kinds of what every row holds
 LAYER |= {"relative_error": float, "svd_error": float}
@@ -42,6 +43,20 @@ def _check_kinds(given: Any, kinds: Mapping[str, Any], what: str) -> None:
 
 def _decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _layer_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What has become of a layer, and how near to it."""
+    return (
+        row["layer"] or "(root)",
+        row["structure"],
+        f"{row['dense']:,}",
+        f"{row['stored']:,}",
+        f"{row['relative_error']:.3f}",
+        f"{row['svd_error']:.3f}",
+        _decimal(row["distance_before"]),
+        _decimal(row["distance_compressed" if row["distance_tuned"] is None else "distance_tuned"]),
+    )
 
 
 def _frozen_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
@@ -118,35 +133,32 @@ class Report:
         return rows
 
     def __str__(self) -> str:
-        parts = [self.summary, table_text("What was saved", ["", "before#", "after#", "kept#"], self.savings())]
-        columns = ["layer", "structure", "dense#", "stored#", "error#", "SVD#", "d before#", "d after#"]
-        rows = [
-            (
-                row["layer"] or "(root)",
-                row["structure"],
-                f"{row['dense']:,}",
-                f"{row['stored']:,}",
-                f"{row['relative_error']:.3f}",
-                f"{row['svd_error']:.3f}",
-                _decimal(row["distance_before"]),
-                _decimal(row["distance_compressed" if row["distance_tuned"] is None else "distance_tuned"]),
-            )
-            for row in self.layers
-        ]
-        parts.append(table_text("Compressed layers (errors and distances relative to the weight)", columns, rows))
+        return self.to_text()
+
+    def to_text(self, *, width: int | None = None) -> str:
+        """The report as text of so many columns, by default those of the terminal, or 140 where there is none."""
+        parts = [self.summary]
+        parts += [table_text(*each, width=width) for each in self._tables()]
+        return "\n\n".join(parts)
+
+    def _tables(self) -> Iterator[tuple[str, list[str], Sequence[Sequence[str]]]]:
+        """Title, columns and rows of everything that there is to show."""
+        yield "What was saved", ["", "before#", "after#", "kept#"], self.savings()
+        if self.layers:
+            columns = ["layer", "structure", "dense#", "stored#", "error#", "SVD#", "d before#", "d after#"]
+            title = "Compressed layers (errors and distances relative to the weight)"
+            yield title, columns, [_layer_cells(row) for row in self.layers]
         if self.blocks:
             blocks = [(row["block"], f"{row['before']:.4f}", f"{row['after']:.4f}") for row in self.blocks]
             title = "Blocks refitted together (relative squared error on held-out data)"
-            parts.append(table_text(title, ["block", "before#", "after#"], blocks))
-        timed = [row for row in self.layers if "path" in row]
+            yield title, ["block", "before#", "after#"], blocks
+        timed = [(row["layer"] or "(root)", *_frozen_cells(row)) for row in self.layers if "path" in row]
         if timed:
-            times = [(row["layer"] or "(root)", *_frozen_cells(row)) for row in timed]
             title = "Frozen layers (milliseconds of the dense and of the fast product on these inputs)"
-            parts.append(table_text(title, ["layer", "path", "dense#", "fast#", "because"], times))
+            yield title, ["layer", "path", "dense#", "fast#", "because"], timed
         if self.plan.skipped:
             skipped = [(name or "(root)", reason) for name, reason in self.plan.skipped.items()]
-            parts.append(table_text("Left dense", ["layer", "because"], skipped))
-        return "\n\n".join(parts)
+            yield "Left dense", ["layer", "because"], skipped
 
     def to_json(self) -> str:
         """The report as JSON; `Report.from_json` reads it back."""
@@ -199,7 +211,8 @@ class Report:
             GMError: another suffix, or the file cannot be written.
         """
         path = usable(path)
-        writers = {".html": self.to_html, ".json": self.to_json, ".txt": self.__str__}
+        writers: dict[str, Callable[[], str]] = {".html": self.to_html, ".json": self.to_json}
+        writers[".txt"] = partial(self.to_text, width=WIDTH)  # whatever the terminal
         if path.suffix not in writers:
             raise GMError(f"a report is saved as {', '.join(writers)}, not as {path.name!r}")
         write_text(path, writers[path.suffix]() + "\n")

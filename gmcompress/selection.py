@@ -1,35 +1,25 @@
 """Which candidate each layer takes under a budget: a pure function of a table of costs and losses.
 
 A knapsack problem with one choice per layer: the least sum of losses within the limits on the sums of costs.
-Source: Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, chapter 11 (the multiple-choice knapsack problem).
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import fsum, inf, isfinite
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .budgets import KINDS, check_kind
 from .errors import GMError, nearest_names
+from .knapsack import Indices, Problem, find_stuck, solve
 from .tables import percent
 
-Indices = NDArray[np.int64]
-Floats = NDArray[np.float64]
-
 _LARGEST = 1 << 50  # so that thousands of counts add up within an int64
-_SCALE = 1e4  # the solver stops at an absolute gap of 1e-6: at this scale that is 1e-10 of what is lost
-_STDOUT = threading.Lock()  # the file descriptor belongs to all threads, so one at a time turns it aside
 
 
 @dataclass(frozen=True)
@@ -80,28 +70,6 @@ class _Unit(NamedTuple):
     options: list[_Option]
 
 
-class _Problem(NamedTuple):
-    """The options of all units in one row; a choice is the position in this row of one option per unit.
-
-    Losses and costs are what an option adds to the least of its unit, costs in multiples of their common divisor.
-    """
-
-    first: Indices  # (units,) where its options begin, the one of least loss in front
-    owner: Indices  # (options,) the unit it serves
-    loss: Floats  # (options,)
-    costs: Indices  # (options, limits)
-    room: Indices  # (limits,)
-
-    def lost(self, chosen: Indices) -> float:
-        return fsum(self.loss[chosen])
-
-    def fits(self, chosen: Indices) -> bool:
-        return bool((self.costs[chosen].sum(0) <= self.room).all())
-
-    def cheapest(self, place: int) -> Indices:
-        return np.lexsort((self.costs[:, place], self.owner))[self.first]
-
-
 def select(
     table: Mapping[str, Sequence[Candidate]],
     limits: Mapping[str, int],
@@ -114,7 +82,8 @@ def select(
     """The least sum of losses with, for each kind of cost in `limits`, fixed costs + costs of the candidates <= limit.
 
     `fixed_costs` are those of everything outside the table; `totals`, those of the whole dense model, only serve the
-    messages. Tied layers take the same structure, one that all of them offer. After `time_limit` seconds it is the best
+    messages. Tied layers take the same structure, one that all of them offer; of layers whose candidates cost and lose
+    the same, those that come earlier in the table lose less. After `time_limit` seconds it is the best
     choice so far, with its gap. While the solver runs, the standard output of the whole process is discarded.
 
     Raises:
@@ -137,21 +106,34 @@ def select(
     limits, fixed = _check_costs("limits", limits), _check_costs("fixed_costs", fixed_costs or {})
     totals = _check_costs("totals", totals or {})
     _check_table(table, limits)
-    units = [_unit(layers, table, tuple(limits)) for layers in _tied(table, ties)]
-    problem = _flatten(units, [limit - fixed.get(kind, 0) for kind, limit in limits.items()])
-    for place, kind in enumerate(limits):
-        smallest = _taken(table, _choice(units, problem.cheapest(place) - problem.first), kind)
-        if fixed.get(kind, 0) + sum(smallest.values()) > limits[kind]:
-            raise _unreachable(kind, smallest, limits, fixed, totals)
-    chosen, missing = _solve(problem, deadline)
+    units, problem = _posed(table, limits, fixed, totals, ties)
+    chosen, missing = solve(problem, deadline)
     if chosen is not None:
         return _selection(table, _choice(units, chosen - problem.first), missing)
-    stuck = _stuck(problem, deadline)
+    stuck = find_stuck(problem, deadline)
     if stuck is None:
         raise GMError(f"no choice within {_phrase(limits)} was found in {time_limit:g} s; raise one or the other")
     kind, beside = list(limits)[stuck[0]], list(limits)[: stuck[0]]
     smallest = _taken(table, _choice(units, stuck[1] - problem.first), kind)
     raise _unreachable(kind, smallest, limits, fixed, totals, beside=beside)
+
+
+def check_reachable(
+    table: Mapping[str, Sequence[Candidate]],
+    limits: Mapping[str, int],
+    *,
+    fixed_costs: Mapping[str, int] | None = None,
+    totals: Mapping[str, int] | None = None,
+    ties: Sequence[Sequence[str]] = (),
+) -> None:
+    """Refuse what `select` refuses because one of the limits is below the least that the candidates cost.
+
+    Raises:
+        GMError: as `select`, but that limits which exclude each other are not found out.
+    """
+    limits, fixed = _check_costs("limits", limits), _check_costs("fixed_costs", fixed_costs or {})
+    _check_table(table, limits)
+    _posed(table, limits, fixed, _check_costs("totals", totals or {}), ties)
 
 
 def sweep(
@@ -185,6 +167,23 @@ def sweep(
         bound = min(own.bound, best.loss)
         swept.append(own if best is own else replace(best, bound=bound, gap=_gap(best.loss, bound)))
     return swept
+
+
+def _posed(
+    table: Mapping[str, Sequence[Candidate]],
+    limits: Mapping[str, int],
+    fixed: Mapping[str, int],
+    totals: Mapping[str, int],
+    ties: Sequence[Sequence[str]],
+) -> tuple[list[_Unit], Problem]:
+    """What is to be solved, once each of the limits alone can be met."""
+    units = [_unit(layers, table, tuple(limits)) for layers in _tied(table, ties)]
+    problem = _flatten(units, [limit - fixed.get(kind, 0) for kind, limit in limits.items()])
+    for place, kind in enumerate(limits):
+        smallest = _taken(table, _choice(units, problem.cheapest(place) - problem.first), kind)
+        if fixed.get(kind, 0) + sum(smallest.values()) > limits[kind]:
+            raise _unreachable(kind, smallest, limits, fixed, totals)
+    return units, problem
 
 
 def _tied(table: Mapping[str, Sequence[Candidate]], ties: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -228,7 +227,7 @@ def _numbered(candidates: Sequence[Candidate]) -> dict[tuple[str | None, int], i
     return {(name, names[:position].count(name)): position for position, name in enumerate(names)}
 
 
-def _flatten(units: Sequence[_Unit], room: Sequence[int]) -> _Problem:
+def _flatten(units: Sequence[_Unit], room: Sequence[int]) -> Problem:
     """The options of all units, where `room` is what the limits leave to them."""
     sizes = [len(unit.options) for unit in units]
     owner = np.repeat(np.arange(len(units)), sizes)
@@ -243,7 +242,7 @@ def _flatten(units: Sequence[_Unit], room: Sequence[int]) -> _Problem:
     largest = np.maximum.reduceat(costs, first, axis=0).sum(0)
     left = [(limit - int(base)) // int(step) for limit, base, step in zip(room, least.sum(0), divisor, strict=True)]
     bounded = np.array([min(a, int(b)) for a, b in zip(left, largest, strict=True)], dtype=np.int64)
-    return _Problem(first, owner, loss - loss[first][owner], costs, bounded)
+    return Problem(first, owner, loss - loss[first][owner], costs, bounded)
 
 
 def _choice(units: Sequence[_Unit], taken: Indices) -> dict[str, int]:
@@ -268,125 +267,6 @@ def _selection(table: Mapping[str, Sequence[Candidate]], choice: Mapping[str, in
 
 def _gap(loss: float, bound: float) -> float:
     return (loss - bound) / loss if loss > bound else 0.0
-
-
-def _solve(problem: _Problem, deadline: float) -> tuple[Indices | None, float]:
-    """The best choice found, or None, and by how much at most another one loses less: 0 if it is proven the best."""
-    if problem.fits(problem.first):
-        return problem.first, 0.0
-    best, bound = _repaired(problem, problem.first), 0.0
-    top = fsum(np.maximum.reduceat(problem.loss, problem.first))
-    while best is None or problem.lost(best) > 0:
-        top = top if best is None else problem.lost(best)
-        found, low, optimal = _minimise(problem, top, deadline)
-        bound = max(bound, low)
-        repaired = None if found is None else _repaired(problem, found)
-        if repaired is not None and (best is None or problem.lost(repaired) < problem.lost(best)):
-            best = repaired
-        if best is None or not (optimal and found is not None and problem.fits(found)):
-            break
-        if problem.lost(best) >= top / 100:  # else the scale was too coarse for so small a loss: once more
-            return best, 0.0
-    if best is None:
-        return None, inf
-    _, relaxed, _ = _minimise(problem, top, inf, whole=False)
-    return best, max(0.0, problem.lost(best) - max(bound, relaxed))
-
-
-def _stuck(problem: _Problem, deadline: float) -> tuple[int, Indices] | None:
-    """The first limit that no choice meets beside those before it, and the nearest choice; None if unproven."""
-    for place in range(1, len(problem.room)):
-        order = np.lexsort((problem.costs[:, place], problem.owner))  # what is limited here is what is lost there
-        costs = problem.costs[order]
-        rest = problem._replace(loss=costs[:, place].astype(float), costs=costs[:, :place], room=problem.room[:place])
-        chosen, missing = _solve(rest, deadline)
-        if chosen is not None and missing == 0 and costs[chosen, place].sum() > problem.room[place]:
-            return place, order[chosen]
-    return None
-
-
-def _minimise(
-    problem: _Problem, top: float, deadline: float, *, whole: bool = True
-) -> tuple[Indices | None, float, bool]:
-    """The solver's choice, a lower bound of what is lost, and whether both agree; `whole=False`: fractions allowed.
-
-    Options that alone lose more than `top` or do not fit are left out. Costs are scaled by powers of two, exactly.
-    """
-    if whole and time.monotonic() >= deadline:  # in no time the solver still does a little
-        return None, 0.0, False
-    try:
-        from scipy import optimize, sparse
-    except ImportError:
-        raise GMError("a choice under a budget needs the package 'scipy': pip install it") from None
-    size, units = len(problem.owner), len(problem.first)
-    useful = (problem.loss <= top) & (problem.costs <= problem.room).all(1)
-    shifts = [max(0, int(each).bit_length() - 23) for each in problem.room]  # a tolerance of 1e-6 stays below one unit
-    costs = np.ldexp(problem.costs, [-each for each in shifts])
-    one_each = sparse.csr_array((np.ones(size), (problem.owner, np.arange(size))), shape=(units, size))
-    rows = [optimize.LinearConstraint(one_each, 1, 1)]
-    if shifts:
-        rows.append(optimize.LinearConstraint(costs.T, -np.inf, np.ldexp(problem.room, [-each for each in shifts])))
-    options = {"mip_rel_gap": 0.0} | ({"time_limit": deadline - time.monotonic()} if deadline < inf else {})
-    with _silence():
-        answer = optimize.milp(
-            np.where(useful, problem.loss / (top or 1.0), 0.0) * _SCALE,
-            integrality=np.full(size, int(whole)),
-            bounds=optimize.Bounds(0, useful.astype(float)),
-            constraints=rows,
-            options=options,
-        )
-    low = answer.get("mip_dual_bound") if whole else answer.fun
-    found = None if answer.x is None else np.lexsort((-answer.x, problem.owner))[problem.first]
-    low = low / _SCALE * top if low is not None and isfinite(low) else 0.0
-    return found, low, answer.status == 0
-
-
-def _repaired(problem: _Problem, chosen: Indices) -> Indices | None:
-    """The choice made to fit by swaps of least loss per excess removed, or None; then improved by swaps."""
-    chosen = chosen.copy()
-    weight = 1 / np.maximum(1, np.maximum.reduceat(problem.costs, problem.first, axis=0).sum(0))
-    while not problem.fits(chosen):
-        used = problem.costs[chosen].sum(0)
-        after = used + problem.costs - problem.costs[chosen][problem.owner]
-        saved = (np.maximum(used - problem.room, 0) - np.maximum(after - problem.room, 0)) @ weight
-        if not (useful := saved > weight.min() / 2).any():
-            return None
-        with np.errstate(all="ignore"):
-            rate = np.where(useful, (problem.loss - problem.loss[chosen][problem.owner]) / saved, inf)
-        chosen[problem.owner[rate.argmin()]] = rate.argmin()
-    while True:  # a swap lowers what a unit loses, so this ends
-        after = problem.costs[chosen].sum(0) + problem.costs - problem.costs[chosen][problem.owner]
-        gain = problem.loss[chosen][problem.owner] - problem.loss
-        gain[(after > problem.room).any(1)] = 0
-        if gain.max() <= 0:
-            return chosen
-        chosen[problem.owner[gain.argmax()]] = gain.argmax()
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Whatever native code writes to file descriptor 1 is discarded; Python's own buffer is not touched."""
-    with _STDOUT:
-        try:
-            kept = os.dup(1)
-        except OSError:  # closed, as in a daemon: nothing can be printed
-            yield
-            return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        _flush_native()  # what was printed before is not to be lost
-        os.dup2(nowhere, 1)
-        try:
-            yield
-        finally:
-            _flush_native()  # what waits in the buffer of C would come out later
-            os.dup2(kept, 1)
-            os.close(kept)
-            os.close(nowhere)
-
-
-def _flush_native() -> None:
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # where C's library cannot be named: Windows
-        ctypes.CDLL(None).fflush(None)
 
 
 def _is_count(value: object, *, largest: float = inf) -> bool:

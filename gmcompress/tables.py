@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+WIDTH = 140  # columns of a table in a file or a pipe
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -20,8 +24,16 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     return table
 
 
-def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, width: int = 120) -> str:
-    """The same table as text, without colours.
+def page_width() -> int:
+    """Columns of what prints itself: those of the terminal that standard output is, or 140 where it is none."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if terminal else WIDTH
+
+
+def table_text(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None
+) -> str:
+    """The same table as text, without colours, of at most `width` columns; by default those of `page_width`.
 
     >>> print(table_text("", ["layer", "kept#"], [["fc", "50 %"]]))  # doctest: +ELLIPSIS
      layer   kept
@@ -29,7 +41,7 @@ def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
      fc      50 %
     """
     page = io.StringIO()
-    Console(file=page, width=width, color_system=None, highlight=False, markup=False).print(
+    Console(file=page, width=width or page_width(), color_system=None, highlight=False, markup=False).print(
         make_table(title, columns, rows)
     )
     return "\n".join(line.rstrip() for line in page.getvalue().split("\n") if line.strip())

@@ -104,6 +104,21 @@ def test_budgets_of_bytes_and_multiply_adds(build: Callable[[], nn.Module]) -> N
         gm.plan(model, "C4", budget={"macs": 0.5})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_bytes_are_counted_in_the_dtype_of_each_layer(dtype: torch.dtype) -> None:
+    """Whatever the dtype of the first layer, by which the bytes of the others must not be counted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    for place in (0, 2):
+        model[place].to(dtype)
+    whole = sum(each.numel() * each.element_size() for each in model.parameters())
+    for share in (0.4, 0.7):
+        plan = gm.plan(model, budget={"bytes": share}, include="*", overrides={"2": "lowrank:8"})
+        after = gm.compress(model, plan=plan).report.after.bytes
+        assert after <= share * whole
+        assert after > share * whole - 8 * (128 + 16 * 16), "less than a rank of a layer is left"
+
+
 def test_half_is_the_default() -> None:
     model = perceptron()
     assert gm.plan(model).layers == gm.plan(model, budget="50%").layers
@@ -140,6 +155,32 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(options: dict[str, Any]
         assert "\n" not in str(caught.value)
         assert_untouched(model, before)
         assert not any(isinstance(module, GMLayer) for module in model.modules())
+
+
+def nothing_yet(*_: object, **__: object) -> None:
+    raise AssertionError("the budget could have been refused before")
+
+
+@pytest.mark.parametrize(
+    ("budget", "ties"), [("3%", []), ({"bytes": 0.2}, []), ({"macs": 0.05}, []), ("24%", [[nn.Linear]])], ids=str
+)
+def test_a_budget_out_of_reach_is_refused_before_any_fit(budget: Any, ties: Any, monkeypatch) -> None:
+    """With the words of the choice itself: the smallest size, and what stands in the way."""
+    model = perceptron()
+    options: dict[str, Any] = {"budget": budget, "ties": ties, "data": examples(model), "overrides": {"4": "C4"}}
+    with monkeypatch.context() as patch:
+        patch.setattr("gmcompress.jobs.check_budgets", lambda *_: None)
+        with pytest.raises(gm.GMError, match="cannot be reached: the smallest possible is") as late:
+            gm.plan(model, "C4", **options)
+    for work in ("tabulate", "calibrate"):
+        monkeypatch.setattr(f"gmcompress.jobs.{work}", nothing_yet)
+    with pytest.raises(gm.GMError, match="cannot be reached") as early:
+        gm.plan(model, "C4", **options)
+    assert str(early.value) == str(late.value)
+    with pytest.raises(gm.GMError, match="cannot be reached"):
+        gm.sweep(model, "C4", budgets=["90%", budget], **{key: options[key] for key in ("data", "ties")})
+    with pytest.raises(AssertionError, match="could have been"):
+        gm.plan(model, "C4", **(options | {"budget": "90%"}))
 
 
 # -------------------------------------------------------------------------------------------------------------- rules
@@ -235,16 +276,21 @@ def test_ranks_grow_into_what_is_left() -> None:
     small, tables = Structure.parse("lowrank:1"), {"a": table, "b": table}
     shapes = dict.fromkeys("ab", shape)
 
-    def ranks(room: int, fixed: tuple[str, ...] = ()) -> list[int]:
-        found = fill({"a": small, "b": small}, shapes, room, tables, fixed=fixed)
-        assert sum(each.parameters(shape) for each in found.values()) <= 64 + room
+    def ranks(room: int, prices: tuple[int, int] = (1, 1), fixed: tuple[str, ...] = ()) -> list[int]:
+        each_of = dict(zip("ab", prices, strict=True))
+        found = fill({"a": small, "b": small}, shapes, room, tables, prices=each_of, fixed=fixed)
+        grown = {name: each.parameters(shape) - small.parameters(shape) for name, each in found.items()}
+        assert sum(each_of[name] * grown[name] for name in grown) <= room
         return [each.lowrank for each in found.values()]
 
     assert ranks(31) == [1, 1]
     assert ranks(64) == [3, 1]
     assert ranks(64, fixed=("a",)) == [1, 3]
     assert ranks(128) == [4, 2], "up to the next rung, then the next layer"
-    assert fill({"a": None, "b": Structure.parse("C4")}, shapes, 99, tables) == {"a": None, "b": Structure.parse("C4")}
+    assert ranks(128, (4, 2)) == [1, 3], "where a number takes fewer bytes"
+    assert ranks(383, (4, 2)) == [2, 4]
+    others = {"a": None, "b": Structure.parse("C4")}
+    assert fill(others, shapes, 99, tables, prices=dict.fromkeys("ab", 1)) == others
 
 
 def test_sensitivities_are_power_laws() -> None:

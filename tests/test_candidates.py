@@ -16,7 +16,9 @@ from gmcompress.candidates import (
     fit_factors,
     grids_of,
     multiply_adds,
+    offered,
     plain_svd,
+    priced,
     rank_within,
     undominated,
 )
@@ -88,11 +90,33 @@ def test_costs_are_exact(shape: tuple[int, ...], groups: int, positions: int | N
             stored = sum(prod(one) for one in structure.shapes(shape).values())
             assert stored < prod(shape)
         assert (each.params, each.bytes) == (stored, 2 * stored)
-        counted = stored if structure is None or structure.group is None else counted_macs(structure, shape, groups)
+        plain = structure is None or (structure.group is None and groups == 1)
+        counted = stored if plain else counted_macs(structure, shape, groups)
         assert each.macs == (None if positions is None else positions * min(counted, prod(shape)))
         assert multiply_adds(structure, shape) <= prod(shape)
     (dense,) = (each for each in found if each.structure is None)
     assert dense.loss == 0
+
+
+@WEIGHTS
+def test_what_the_shape_alone_tells(shape: tuple[int, ...], groups: int, generator: Generator, monkeypatch) -> None:
+    """Every structure of the table, and the least of every cost, give or take adapted bases; also of large weights."""
+
+    def least(found: list[Candidate]) -> tuple[int, int]:
+        return min(each.params for each in found), min(each.macs for each in found)
+
+    def told(*, grids: bool) -> list[Candidate]:
+        found = offered(shape, group("C8"), conv_groups=groups, grids=grids)
+        return [priced(each, shape, 0.0, conv_groups=groups, positions=7, itemsize=2) for each in found]
+
+    subject = subject_of(shape, groups, generator, positions=7)
+    for effort in (1e30, 0.0):
+        monkeypatch.setattr("gmcompress.candidates.EFFORT", dict.fromkeys((False, True), effort))
+        found = candidates(subject, group("C8"))
+        known = {(each.structure, each.params, each.bytes, each.macs) for each in told(grids=True)}
+        assert {(each.structure, each.params, each.bytes, each.macs) for each in found} <= known
+        sizes = zip(least(told(grids=True)), least(found), least(told(grids=False)), strict=True)
+        assert all(least_of_all <= own <= sure for least_of_all, own, sure in sizes)
 
 
 @WEIGHTS

@@ -13,7 +13,7 @@ FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds"),
     ("fourier", "fewrows"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "spectra", "kernels"),
+    ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels"),
     ("factors", "factored", "selection", "calibration", "rules", "separation", "stencils"),
     ("products",),
     ("fitting", "layers", "groupconv", "lattice"),
@@ -32,7 +32,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALGEBRA = {
     room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation")
 }
-PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
+PURE = {
+    "groups": {"torch"},
+    "budgets": {"torch"},
+    "selection": {"torch"},
+    "knapsack": {"torch"},
+    **ALGEBRA,
+}  # what a room may never import
 
 
 def room_of(path: Path) -> str:

@@ -6,7 +6,7 @@ import torch
 from conftest import assert_close, must_fail
 from torch import Generator, Tensor
 
-from gmcompress.linalg import leading_vectors, trailing_energy, truncated_svd
+from gmcompress.linalg import count_above, leading_vectors, spectral_norm, trailing_energy, truncated_svd
 
 
 def randn(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -72,3 +72,43 @@ def test_some_eigenvectors_are_those_of_all(values: Tensor, generator: Generator
     assert_close((matrix - found[0] * found[1] @ found[2]).norm(), expected[2:].norm())
     for rank in (0, 2, 12, 150, 300):  # by Lanczos iteration, and by all eigenvalues
         assert_close(trailing_energy(gram, rank), float(expected[rank:].square().sum()) + max(200 - rank, 0), slack=1e5)
+
+
+def spectra(size: int, generator: Generator) -> Tensor:
+    """A batch: singular values of all sizes, a few equal ones with zeros behind, all equal, and none."""
+    few = torch.zeros(size)
+    few[:5] = 3.0
+    values = [torch.logspace(0, -9, size), few, torch.ones(size), torch.zeros(size)]
+    return torch.stack([spectrum(each.double(), size + 30, generator) for each in values])
+
+
+@pytest.mark.parametrize("size", [1, 2, 40, 150])
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-5, 1e-8, 0.0])
+@pytest.mark.parametrize("tall", [False, True])
+def test_singular_values_are_counted_without_all_of_them(
+    size: int, tolerance: float, tall: bool, generator: Generator
+) -> None:
+    matrix = spectra(max(size, 5), generator)[:, -size:] if size < 5 else spectra(size, generator)
+    matrix = matrix.mT if tall else matrix
+    values = torch.linalg.svdvals(matrix)
+    assert_close(spectral_norm(matrix), values[:, 0])
+    assert_close(spectral_norm(matrix[0]), values[0, 0])
+    counted = (values > tolerance * values[:, :1]).sum(1)
+
+    def assert_counted(found: Tensor) -> None:
+        if tolerance:
+            assert found.tolist() == counted.tolist()
+        else:  # whose count is that of the rounding
+            assert found[3] == 0
+
+    found = count_above(matrix, values[:, 0], tolerance)
+    assert_counted(found)
+    assert count_above(matrix[0], values[0, 0], tolerance) == found[0]
+    must_fail(assert_counted, found + 1)
+
+
+def test_a_scale_below_the_largest_counts_more(generator: Generator) -> None:
+    matrix = spectrum(torch.linspace(1, 0.01, 200).double(), 250, generator)
+    for scale, tolerance in ((1.0, 0.1), (0.5, 0.1), (4.0, 0.01)):
+        wanted = int((torch.linalg.svdvals(matrix) > scale * tolerance).sum())
+        assert int(count_above(matrix, torch.tensor(scale), tolerance)) == wanted

@@ -316,6 +316,16 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_killed(interrupted, tmp_path):
     assert len(columns[0]) == 4
 
 
+def test_the_summary_has_every_epoch_once_it_is_over(settings, tmp_path):
+    def stop(what, *_):
+        if what == "measuring displacement ranks":  # the first thing after the last epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(settings, tmp_path / "out", progress=stop)
+    assert [row[0] for row in summary_of(tmp_path / "out")] == ["epoch", "0", "1"]
+
+
 def test_a_run_that_is_over_can_be_resumed_to_the_same_end(settings, tmp_path):
     train_run(settings, tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "again")

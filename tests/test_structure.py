@@ -354,6 +354,26 @@ def test_diagonals_and_displacement(text: str, shape: tuple[int, ...], generator
         assert displacement_rank(weight, structure) > 0, "the control"
 
 
+def test_ranks_need_no_singular_values(generator: Generator, monkeypatch) -> None:
+    """Of weights in float32, whose tolerance a Gram matrix in float64 resolves; in float64 it would not."""
+    structure, shape = Structure.parse("C8xC4+displacement:2"), (256, 128)
+    weight = expand(random_tensors(structure, shape, generator), structure, shape)
+    wanted = displacement_rank(weight, structure), generator_displacement_rank(weight, structure)
+    assert wanted[0] == 2 < wanted[1]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("singular values of a large matrix")
+
+    for name in ("svdvals", "svd", "matrix_norm"):
+        monkeypatch.setattr(torch.linalg, name, refuse)
+    assert (
+        displacement_rank(weight.float(), structure),
+        generator_displacement_rank(weight.float(), structure),
+    ) == wanted
+    with pytest.raises(AssertionError, match="of a large matrix"):
+        displacement_rank(weight, structure)
+
+
 @pytest.mark.parametrize("name", [name for name in REGULAR if group(name).order >= 4])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_displacement_rank_is_the_number_of_gates(name: str, rank: int, generator: Generator) -> None:

@@ -156,13 +156,26 @@ def test_plans_are_kept_and_an_interrupted_sweep_goes_on(settings, tmp_path):
         sweep_run(settings, BUDGETS, place)
 
 
-def test_a_budget_out_of_reach_leaves_the_table_for_others(settings, tmp_path):
-    with pytest.raises(GMError, match="the same call goes on from it, also with other budgets"):
-        sweep_run(settings, ["75%", "5%"], tmp_path / "plans")
+def test_a_budget_out_of_reach_is_refused_before_the_table(settings, tmp_path):
     seen = Stop()
-    sweep_run(settings, ["75%"], tmp_path / "plans", progress=seen)
+    with pytest.raises(GMError, match="cannot be reached: the smallest possible is"):
+        sweep_run(settings, ["75%", "5%"], tmp_path / "plans", progress=seen)
     assert not seen.told
-    assert names_in(tmp_path / "plans") == ["plan_75%.json"]
+    assert names_in(tmp_path) == ["weights"]
+
+
+def test_what_fails_after_the_table_leaves_it_for_others(settings, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise GMError("these limits exclude each other")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gmcompress.pipeline.allocate", refuse)
+        with pytest.raises(GMError, match="the same call goes on from it, also with other budgets"):
+            sweep_run(settings, ["75%"], tmp_path / "plans")
+    seen = Stop()
+    sweep_run(settings, ["80%"], tmp_path / "plans", progress=seen)
+    assert not seen.told
+    assert names_in(tmp_path / "plans") == ["plan_80%.json"]
 
 
 @pytest.mark.parametrize(

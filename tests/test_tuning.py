@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
+from gmcompress.checkpoints import read_history
 from gmcompress.tuning import Recipe, distillation_loss, find_blocks, fine_tune
 from gmcompress.tuning.trial import chosen
 
@@ -91,7 +92,14 @@ def test_the_callers_random_numbers_stay_where_they_were():
 def test_an_interrupted_training_resumes_exactly(options, tmp_path, trained):
     small = gm.compress(trained, "C4", rank=1).model
     recipe = Recipe(epochs=4, **options)
-    whole, history = fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path / "whole")
+    told = []
+
+    def tell(row):
+        told.append(row)
+        assert read_history(tmp_path / "whole") == told, "the checkpoint is there before"
+
+    whole, history = fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path / "whole", each_epoch=tell)
+    assert told == history
 
     def stop(epoch, step, _steps, _loss):
         if (epoch, step) == (2, 3):
@@ -101,7 +109,10 @@ def test_an_interrupted_training_resumes_exactly(options, tmp_path, trained):
         fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path / "cut", progress=stop)
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoint-0002"]
     (tmp_path / "cut" / ".checkpoint-0003.half").mkdir()  # as a kill in the middle of writing leaves it
-    resumed, again = fine_tune(small, loader(), recipe, teacher=trained, folder=tmp_path / "cut", resume=True)
+    later = []
+    options = {"teacher": trained, "resume": True, "each_epoch": later.append}
+    resumed, again = fine_tune(small, loader(), recipe, folder=tmp_path / "cut", **options)
+    assert later == again[2:], "those before were told before"
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoint-0004"]
     assert [row["loss"] for row in again] == [row["loss"] for row in history]
     for key, each in whole.state_dict().items():

@@ -128,7 +128,7 @@ class _Costs:
     """What the dense network costs, and what of it each layer's weight does."""
 
     dense: Mapping[str, int]  # parameters, bytes, macs
-    itemsize: int
+    itemsizes: Mapping[str, int]  # bytes of a number of each layer
     positions: Mapping[str, int]  # how often each layer applies its weight for one image
 
     @classmethod
@@ -136,19 +136,21 @@ class _Costs:
         parameters = list(dense.parameters())
         macs = count_macs(dense, inputs)[0]
         counts = {"parameters": sum(each.numel() for each in parameters), "bytes": stored_bytes(dense), "macs": macs}
-        positions = layer_positions(dense, inputs, [site.name for site in sites])
-        return cls(counts, parameters[0].element_size(), positions)
+        weights = {site.name: read_weight(dense, site.name) for site in sites}
+        itemsizes = {name: each.element_size() for name, each in weights.items() if each is not None}
+        return cls(counts, itemsizes, layer_positions(dense, inputs, list(weights)))
 
     def after(self, plan: Plan) -> dict[str, int]:
         """The same for the network that a plan makes."""
-        spared = saved = 0
+        spared = freed = saved = 0
         for name in plan.layers:
             site, structure = plan.site(name), Structure.parse(plan.layers[name])
             shape, conv_groups = site.shape, site.conv_groups
-            spared += prod(shape) - structure.parameters(shape)
+            fewer = prod(shape) - structure.parameters(shape)
+            spared, freed = spared + fewer, freed + self.itemsizes[name] * fewer
             saved += self.positions[name] * (prod(shape) - multiply_adds(structure, shape, conv_groups=conv_groups))
         parameters, held, macs = (self.dense[name] for name in ("parameters", "bytes", "macs"))
-        return {"parameters": parameters - spared, "bytes": held - self.itemsize * spared, "macs": macs - saved}
+        return {"parameters": parameters - spared, "bytes": held - freed, "macs": macs - saved}
 
 
 def _measured(case: _Case, plan: Plan, loader: Any, budget: str) -> dict[str, float | None]:

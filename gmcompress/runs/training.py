@@ -6,7 +6,7 @@ import csv
 import io
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -76,7 +76,8 @@ def train_run(
             evaluate=lambda model: _columns(model, validation, progress),
             folder=place,
             resume=resume,
-            progress=_Follower(place, recipe.epochs, progress),
+            progress=_Follower(recipe.epochs, progress),
+            each_epoch=_summary(place, resume=resume),
         )
     last = history[-1]["top1"] if history else accuracy(tuned, validation, progress=progress).top1
     final = with_ranks(tuned_result(result, tuned, history), progress)
@@ -127,14 +128,23 @@ def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         write_text(path, page.getvalue())
 
 
+def _summary(folder: Path, *, resume: bool) -> Callable[[Mapping[str, Any]], None]:
+    """What fine_tune calls after every epoch: it keeps summary.csv, with the epochs before a resumption."""
+    rows: list[Mapping[str, Any]] = [*read_history(folder)] if resume else []
+
+    def add(row: Mapping[str, Any]) -> None:
+        rows.append(row)
+        if is_main():
+            write_summary(folder / SUMMARY, rows)
+
+    return add
+
+
 class _Follower:
-    """What fine_tune calls after every step: it keeps summary.csv up to the last complete epoch, and tells progress.
+    """What fine_tune calls after every step, to tell progress; `epochs` is 0 where minutes were given instead."""
 
-    `epochs` is 0 where minutes were given and the end is not known.
-    """
-
-    def __init__(self, folder: Path, epochs: int, progress: Progress) -> None:
-        self.folder, self.epochs, self.progress = folder, epochs, progress
+    def __init__(self, epochs: int, progress: Progress) -> None:
+        self.epochs, self.progress = epochs, progress
         self.total, self.first, self.begun = 0.0, -1, 0.0
 
     def __call__(self, epoch: int, step: int, steps: int, loss: float) -> None:
@@ -143,8 +153,6 @@ class _Follower:
             return
         if step == 1:
             self.total = 0.0
-            if is_main():
-                write_summary(self.folder / SUMMARY, read_history(self.folder))
         if self.first < 0:
             self.first, self.begun = epoch, time.monotonic()
         self.total += loss

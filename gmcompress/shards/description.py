@@ -62,7 +62,7 @@ class Shards:
             sizes = (f"{prod(shape):,}", f"{stored:,}")
             cells = (name or "(root)", "×".join(map(str, shape)), text or "", *sizes, error)
             rows.append((*cells, self.skipped.get(name, "")))
-        return table_text(f"Shards for {self.group}", columns, rows, width=140) + "\n" + self.summary
+        return table_text(f"Shards for {self.group}", columns, rows) + "\n" + self.summary
 
 
 def write_description(folder: Path, found: Shards) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..groups import Group
+from ..linalg import count_above, spectral_norm
 from .algebra import as_structure, check_weight, diagonals, index_tensor, split
 from .description import Structure
 
@@ -29,7 +30,7 @@ def displacement_rank(weight: Tensor, structure: Structure | Group | str, *, tol
     0
     """
     rows = diagonals(check_weight(weight), structure).flatten(2)
-    scale = torch.linalg.matrix_norm(rows, 2)
+    scale = spectral_norm(rows)
     return numerical_rank(rows - rows.mean(1, keepdim=True), scale=scale, dtype=weight.dtype, tolerance=tolerance)
 
 
@@ -56,16 +57,15 @@ def generator_displacement_rank(
     structure = as_structure(structure)
     exact = check_weight(weight)
     structure.blocks(exact.shape)
-    scale = torch.linalg.matrix_norm(exact.flatten(1), 2)
     moved = [generator_displacement(exact, structure, each).flatten(1) for each in structure.acting.generators]
-    return max(
-        (numerical_rank(each, scale=scale, dtype=weight.dtype, tolerance=tolerance) for each in moved), default=0
-    )
+    if not any(bool(each.any()) for each in moved):
+        return 0
+    scale = spectral_norm(exact.flatten(1))
+    return max(numerical_rank(each, scale=scale, dtype=weight.dtype, tolerance=tolerance) for each in moved)
 
 
 def numerical_rank(matrix: Tensor, *, scale: Tensor, dtype: torch.dtype, tolerance: float | None) -> int:
     """Largest number of singular values above tolerance × scale, over a batch of matrices."""
     if tolerance is None:
         tolerance = max(matrix.shape[-2:]) * torch.finfo(dtype).eps
-    values = torch.linalg.svdvals(matrix)
-    return int((values > tolerance * scale[..., None]).sum(-1).max())
+    return int(count_above(matrix, scale, tolerance).max())

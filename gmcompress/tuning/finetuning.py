@@ -23,6 +23,7 @@ from .running import Progress, Run, own_random_numbers, seed_all
 from .trial import decide
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+EachEpoch = Callable[[dict[str, Any]], None]  # the row of history of an epoch
 
 
 def fine_tune(
@@ -35,6 +36,7 @@ def fine_tune(
     folder: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    each_epoch: EachEpoch | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A fine-tuned copy of the model, in evaluation mode, and one row of history per epoch.
 
@@ -44,8 +46,9 @@ def fine_tune(
     on exactly where the last complete epoch ended. `evaluate(model)` returns further columns of the history, such as an
     accuracy. Where the learning rate was tried, the first row has a column `trial`: JSON with the rate chosen, the loss
     of each (null where it was not finite), the steps of each and the seconds of all. `progress(epoch, step, steps,
-    loss)` is called after every step, in the trial with -1 as the epoch. Runs through accelerate: on the CPU, one GPU,
-    or several when launched by `accelerate launch`.
+    loss)` is called after every step, in the trial with -1 as the epoch, and `each_epoch(row)` with the row of history
+    of every epoch as soon as its checkpoint is written. Runs through accelerate: on the CPU, one GPU, or several when
+    launched by `accelerate launch`, where each process calls both.
 
     Raises:
         GMError: an empty loader, a teacher with other outputs, neither teacher nor labels, a loss that is not finite,
@@ -81,6 +84,8 @@ def fine_tune(
             history.append(row)
             if folder is not None and run.accelerator.is_main_process:
                 save_checkpoint(folder, run.state(), history, asdict(recipe), decided=decided)
+            if each_epoch is not None:
+                each_epoch(dict(row))
             run.accelerator.wait_for_everyone()
     return run.finish(), history
 
