@@ -27,8 +27,8 @@ class GMCNN(nn.Module):
 
     The head "mean" or "max" pools over the group that is left and is linear in the channels, so that with rank 0 and
     without strides outputs (batch, outputs) are invariant under the group; with strides, under the last subgroup.
-    "flatten" is linear in all positions, as in the paper, and not invariant. "signal" is one more `GroupConv` of the
-    last radius, for regression: outputs are a signal on `out_group`, and move with it. `bias` is that of the head.
+    "flatten" is linear in all positions, and not invariant. "signal" is one more `GroupConv` of the
+    last radius, for regression: outputs are a signal on `out_group`, and move with it.
 
     `norm` is "batch", "layer" (of all channels and positions, without parameters) or "none", True and False meaning
     the first and the last. `skip` adds what a layer reads to what its activation gives: "same" where channels and group
@@ -57,7 +57,7 @@ class GMCNN(nn.Module):
         pool: str | None = None,
         rank: int | Sequence[int] = 0,
         head: str = "mean",
-        bias: bool = True,
+        head_bias: bool = True,
         norm: bool | str = True,
         skip: str = "none",
         shared: bool = False,
@@ -90,11 +90,10 @@ class GMCNN(nn.Module):
         self.out_group, self.head = current, head
         self.features = nn.Sequential(*steps)
         if head == "signal":
-            self.last: nn.Module = GroupConv(
-                current, in_channels, outputs, radius=radii[-1], rank=ranks[-1], bias=bias, **options
-            )
+            own = options | {"radius": radii[-1], "rank": ranks[-1], "bias": head_bias}
+            self.last: nn.Module = GroupConv(current, in_channels, outputs, **own)
         else:
-            self.last = nn.Linear(in_channels * (current.order if head == "flatten" else 1), outputs, bias=bias)
+            self.last = nn.Linear(in_channels * (current.order if head == "flatten" else 1), outputs, bias=head_bias)
 
     @classmethod
     def paper(
@@ -105,7 +104,7 @@ class GMCNN(nn.Module):
         *,
         channels: Sequence[int] = (120, 120),
         reach: int = 3,
-        bias: bool = True,
+        head_bias: bool = True,
     ) -> GMCNN:
         """The classifier whose parameters the GM paper counts, on the square of a group C_n or D_n.
 
@@ -119,19 +118,21 @@ class GMCNN(nn.Module):
             GMError: the factor is no C_n or D_n, or as for `GMCNN`.
         Source: GM paper, section on experiments and the configurations published with it (github.com/kiryteo/GM-CNN).
 
-        >>> model = GMCNN.paper("C32", 3, 10, bias=False)
+        >>> model = GMCNN.paper("C32", 3, 10, head_bias=False)
         >>> sum(each.numel() for each in model.parameters())
         13681
         """
         whole = parse(factor)
         kind, n = factor[:1], whole.order
         if kind not in "CD" or not factor[1:].isdigit():
-            raise GMError(f"the paper's networks live on the square of C_n or D_n, such as C32 or D14, not {shown(factor)}")
+            raise GMError(
+                f"the paper's networks live on the square of C_n or D_n, such as C32 or D14, not {shown(factor)}"
+            )
         flips = 2 if kind == "D" else 1
         powers = {flips * (turn % (n // flips)) + flip for turn in range(-reach, reach + 1) for flip in range(flips)}
         taps = sorted(a * n + b for a in powers for b in powers)
         prelu = nn.PReLU()
-        options: dict[str, Any] = {"channels": channels, "radius": 1, "generators": taps[1:], "bias": bias}
+        options: dict[str, Any] = {"channels": channels, "radius": 1, "generators": taps[1:], "head_bias": head_bias}
         options |= {"head": "max", "norm": "layer", "skip": "linear", "shared": True, "activation": lambda: prelu}
         return cls(f"{factor}x{factor}", in_channels, outputs, **options)
 

@@ -96,11 +96,13 @@ def test_a_shared_kernel_reads_the_sum_of_the_channels(generator: Generator) -> 
 def test_parameters_that_the_paper_counts(
     factor: str, inputs: int, outputs: int, bias: bool, published: int, generator: Generator
 ) -> None:
-    model = GMCNN.paper(factor, inputs, outputs, bias=bias)
+    model = GMCNN.paper(factor, inputs, outputs, head_bias=bias)
     counted = sum(each.numel() for each in model.parameters())
     taps, wide = (14**2 if factor[0] == "D" else 7**2), 120
     assert counted == 2 * wide * (taps + 1) + wide * (inputs + 1) + 1 + outputs * wide + outputs * bias == published
-    assert sum(each.numel() for each in GMCNN.paper(factor, inputs, outputs, bias=not bias).parameters()) != published
+    assert (
+        sum(each.numel() for each in GMCNN.paper(factor, inputs, outputs, head_bias=not bias).parameters()) != published
+    )
     narrow = GMCNN.paper(factor, inputs, outputs, channels=(2, 3), reach=1).eval().double()
     signal = torch.randn(2, inputs, narrow.group.order, generator=generator, dtype=torch.float64)
     assert equivariance_error(narrow, narrow.group, signal)["error"] < 1e-12
