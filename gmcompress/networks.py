@@ -28,7 +28,8 @@ class GMCNN(nn.Module):
     The head "mean" or "max" pools over the group that is left and is linear in the channels, so that with rank 0 and
     without strides outputs (batch, outputs) are invariant under the group; with strides, under the last subgroup.
     "flatten" is linear in all positions, and not invariant. "signal" is one more `GroupConv` of the
-    last radius, for regression: outputs are a signal on `out_group`, and move with it.
+    last radius, for regression: outputs are a signal on `out_group`, and move with it. `head_bias` is about
+    the head alone, `bias` among the options about the other layers.
 
     `norm` is "batch", "layer" (of all channels and positions, without parameters) or "none", True and False meaning
     the first and the last. `skip` adds what a layer reads to what its activation gives: "same" where channels and group
