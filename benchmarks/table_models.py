@@ -92,8 +92,8 @@ def _paper(*arguments: Any, **options: Any) -> tuple[str, Callable[[], nn.Module
 
 RANK3 = "C32xC32+displacement:3"
 GREY = Recipe(epochs=40, batch_size=250, scale="image", flip=True)
-COLOUR = Recipe(epochs=100, shift=2, flip=True)
-DIGITS = Recipe(epochs=60, shift=2)
+COLOUR = Recipe(epochs=80, batch_size=256, shift=2, flip=True)
+DIGITS = Recipe(epochs=100, shift=2)
 SHARED: dict[str, Any] = {"separable": "dseparable", "pool": "max", "bias": False}  # BatchNorm brings its own bias
 
 
