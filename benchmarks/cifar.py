@@ -6,7 +6,7 @@ import io
 import os
 import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def load_resnet(arch: str, weights: Path) -> ResNet:
 
 @dataclass(frozen=True)
 class Images:
-    """Images and labels in memory: `pixels` uint8 (n, 3, 32, 32), `labels` int64 (n), both on one device."""
+    """Images and labels in memory: `pixels` uint8 (n, channels, height, width), `labels` int64 (n), on one device."""
 
     pixels: Tensor
     labels: Tensor
@@ -189,19 +189,27 @@ class TrainLoader:
             moves = torch.randint(0, 2 * self.shift + 1, (2, len(chosen)))
             flips = torch.rand(len(chosen)) < 0.5
             chosen, moves, flips = chosen.to(device), moves.to(device), flips.to(device)
-            yield normalise(self._augment(self.images.pixels[chosen], moves, flips)), self.images.labels[chosen]
+            moved = moved_and_flipped(self.images.pixels[chosen], moves, flips, shift=self.shift)
+            yield normalise(moved), self.images.labels[chosen]
 
-    def _augment(self, pixels: Tensor, moves: Tensor, flips: Tensor) -> Tensor:
-        """Shift by `moves` (2, batch) minus `shift` pixels, black coming in from outside, and flip where told."""
-        count, channels, height, width = pixels.shape
-        device = pixels.device
-        padded = F.pad(pixels, (self.shift,) * 4)
-        rows = torch.arange(height, device=device) + moves[0, :, None]  # (batch, height)
-        columns = torch.arange(width, device=device).expand(count, width)
-        columns = torch.where(flips[:, None], columns.flip(1), columns) + moves[1, :, None]
-        image = torch.arange(count, device=device)[:, None, None, None]
-        channel = torch.arange(channels, device=device)[None, :, None, None]
-        return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+def moved_and_flipped(
+    pixels: Tensor,  # (batch, channels, height, width)
+    moves: Tensor,  # (2, batch), from 0 to 2·shift
+    flips: Tensor,  # (batch) bool
+    *,
+    shift: int,
+) -> Tensor:  # as pixels
+    """Images shifted by `moves` minus `shift` pixels, black coming in from outside, left and right changed if told."""
+    count, channels, height, width = pixels.shape
+    device = pixels.device
+    padded = F.pad(pixels, (shift,) * 4)
+    rows = torch.arange(height, device=device) + moves[0, :, None]  # (batch, height)
+    columns = torch.arange(width, device=device).expand(count, width)
+    columns = torch.where(flips[:, None], columns.flip(1), columns) + moves[1, :, None]
+    image = torch.arange(count, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def plain_batches(images: Images, count: int, size: int, *, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -212,10 +220,12 @@ def plain_batches(images: Images, count: int, size: int, *, seed: int) -> list[t
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images, *, batch_size: int = 100) -> float:
+def accuracy(
+    model: nn.Module, images: Images, *, batch_size: int = 100, prepare: Callable[[Tensor], Tensor] = normalise
+) -> float:
     """Top-1 accuracy in percent, in evaluation mode, over all the images."""
     model.eval()
     right = 0
     for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
-        right += int((model(normalise(pixels)).argmax(1) == labels).sum())
+        right += int((model(prepare(pixels)).argmax(1) == labels).sum())
     return 100 * right / len(images.labels)

@@ -14,6 +14,8 @@ from .groups import group as parse
 from .pooling import GroupPool
 
 HEADS = ("mean", "max", "flatten", "signal")
+NORMS = ("batch", "layer", "none")
+SKIPS = ("none", "same", "linear")
 
 
 class GMCNN(nn.Module):
@@ -25,11 +27,17 @@ class GMCNN(nn.Module):
 
     The head "mean" or "max" pools over the group that is left and is linear in the channels, so that with rank 0 and
     without strides outputs (batch, outputs) are invariant under the group; with strides, under the last subgroup.
-    "flatten" is linear in all positions, as in the paper, and not invariant. "signal" is one more `GroupConv` of the
-    last radius, for regression: outputs are a signal on `out_group`, and move with it.
+    "flatten" is linear in all positions, and not invariant. "signal" is one more `GroupConv` of the
+    last radius, for regression: outputs are a signal on `out_group`, and move with it. `head_bias` is about
+    the head alone, `bias` among the options about the other layers.
+
+    `norm` is "batch", "layer" (of all channels and positions, without parameters) or "none", True and False meaning
+    the first and the last. `skip` adds what a layer reads to what its activation gives: "same" where channels and group
+    stay, "linear" also elsewhere, through a `GroupConv` of radius 0. A `shared` kernel is one for all channels that a
+    layer reads: the layer convolves their sum.
 
     Raises:
-        GMError: lengths differ, the head is unknown, or as for `GroupConv` and `GroupPool`.
+        GMError: lengths differ, the head, norm or skip is unknown, or as for `GroupConv` and `GroupPool`.
     Source: GM paper, section on experiments.
 
     >>> import torch
@@ -50,13 +58,18 @@ class GMCNN(nn.Module):
         pool: str | None = None,
         rank: int | Sequence[int] = 0,
         head: str = "mean",
-        norm: bool = True,
+        head_bias: bool = True,
+        norm: bool | str = True,
+        skip: str = "none",
+        shared: bool = False,
         activation: Callable[[], nn.Module] = nn.ReLU,
         **options: Any,
     ) -> None:
         super().__init__()
-        if head not in HEADS:
-            raise GMError(f"head is one of {', '.join(HEADS)}, not {shown(head)}")
+        norm = norm if isinstance(norm, str) else "batch" if norm else "none"
+        for name, value, known in (("head", head, HEADS), ("norm", norm, NORMS), ("skip", skip, SKIPS)):
+            if value not in known:
+                raise GMError(f"{name} is one of {', '.join(known)}, not {shown(value)}")
         if not channels:
             raise GMError("channels has an entry for each layer, and there is at least one layer")
         self.group = current = parse(group)
@@ -65,8 +78,11 @@ class GMCNN(nn.Module):
         steps: list[nn.Module] = []
         for wide, reach, free, stride in zip(channels, radii, ranks, taken, strict=True):
             within = None if pool else stride
-            conv = GroupConv(current, in_channels, wide, radius=reach, rank=free, stride=within, **options)
-            steps += [conv, *([nn.BatchNorm1d(wide)] if norm else []), activation()]
+            read = 1 if shared else in_channels
+            conv = GroupConv(current, read, wide, radius=reach, rank=free, stride=within, **options)
+            step = [*([_Sum()] if shared else []), conv, *_norm(norm, wide, conv.out_group.order), activation()]
+            beside = _beside(skip, current, in_channels, wide, within)
+            steps += step if beside is None else [_Skip(nn.Sequential(*step), beside)]
             current, in_channels = conv.out_group, wide
             if pool and stride is not None:
                 pooling = GroupPool(current, stride, pool)
@@ -75,9 +91,51 @@ class GMCNN(nn.Module):
         self.out_group, self.head = current, head
         self.features = nn.Sequential(*steps)
         if head == "signal":
-            self.last: nn.Module = GroupConv(current, in_channels, outputs, radius=radii[-1], rank=ranks[-1], **options)
+            own = options | {"radius": radii[-1], "rank": ranks[-1], "bias": head_bias}
+            self.last: nn.Module = GroupConv(current, in_channels, outputs, **own)
         else:
-            self.last = nn.Linear(in_channels * (current.order if head == "flatten" else 1), outputs)
+            self.last = nn.Linear(in_channels * (current.order if head == "flatten" else 1), outputs, bias=head_bias)
+
+    @classmethod
+    def paper(
+        cls,
+        factor: str,
+        in_channels: int,
+        outputs: int,
+        *,
+        channels: Sequence[int] = (120, 120),
+        reach: int = 3,
+        head_bias: bool = True,
+    ) -> GMCNN:
+        """The classifier whose parameters the GM paper counts, on the square of a group C_n or D_n.
+
+        Every layer has one kernel for all its input channels, on N × N with N the powers −reach … reach of the rotation
+        (and, of D_n, these times the reflection), a LayerNorm without parameters, one PReLU that all layers share, and
+        a skip, through a 1×1 convolution where the widths differ; then the maximum over the group, and a dense head.
+        With k = |N|² taps, o channels in each of two layers, i in and c outputs that is 2·o(k + 1) + o(i + 1) + 1 + c·o
+        and, with its bias, c more. The dropout before the head is left to the caller.
+
+        Raises:
+            GMError: the factor is no C_n or D_n, or as for `GMCNN`.
+        Source: GM paper, section on experiments and the configurations published with it (github.com/kiryteo/GM-CNN).
+
+        >>> model = GMCNN.paper("C32", 3, 10, head_bias=False)
+        >>> sum(each.numel() for each in model.parameters())
+        13681
+        """
+        whole = parse(factor)
+        kind, n = factor[:1], whole.order
+        if kind not in "CD" or not factor[1:].isdigit():
+            raise GMError(
+                f"the paper's networks live on the square of C_n or D_n, such as C32 or D14, not {shown(factor)}"
+            )
+        flips = 2 if kind == "D" else 1
+        powers = {flips * (turn % (n // flips)) + flip for turn in range(-reach, reach + 1) for flip in range(flips)}
+        taps = sorted(a * n + b for a in powers for b in powers)
+        prelu = nn.PReLU()
+        options: dict[str, Any] = {"channels": channels, "radius": 1, "generators": taps[1:], "head_bias": head_bias}
+        options |= {"head": "max", "norm": "layer", "skip": "linear", "shared": True, "activation": lambda: prelu}
+        return cls(f"{factor}x{factor}", in_channels, outputs, **options)
 
     def forward(self, signal: Tensor) -> Tensor:  # (batch, in_channels, n or *axes) -> (batch, outputs, *axes or none)
         """The outputs, or where the head is "signal" a signal on `out_group`."""
@@ -87,6 +145,37 @@ class GMCNN(nn.Module):
         if self.head == "flatten":
             return self.last(found.flatten(1))
         return self.last(found.mean(2) if self.head == "mean" else found.amax(2))
+
+
+class _Sum(nn.Module):
+    """The sum of all channels, as one."""
+
+    def forward(self, signal: Tensor) -> Tensor:  # (batch, channels, n) -> (batch, 1, n)
+        return signal.sum(1, keepdim=True)
+
+
+class _Skip(nn.Module):
+    """What the layer gives, plus what goes beside it."""
+
+    def __init__(self, layer: nn.Module, beside: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.beside = layer, beside
+
+    def forward(self, signal: Tensor) -> Tensor:  # (batch, i, n) -> (batch, o, m)
+        return self.layer(signal) + self.beside(signal)
+
+
+def _beside(skip: str, group: Group, i: int, o: int, stride: str | Iterable[int] | None) -> nn.Module | None:
+    """What goes beside a layer, or None."""
+    if skip != "none" and i == o and stride is None:
+        return nn.Identity()
+    return GroupConv(group, i, o, radius=0, stride=stride) if skip == "linear" else None
+
+
+def _norm(norm: str, channels: int, positions: int) -> list[nn.Module]:
+    if norm == "layer":
+        return [nn.LayerNorm([channels, positions], elementwise_affine=False)]
+    return [nn.BatchNorm1d(channels)] if norm == "batch" else []
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
