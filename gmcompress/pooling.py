@@ -1,4 +1,4 @@
-"""Pooling on a group: every position of a subgroup gathers one tile of the group, and unpooling fills it again."""
+"""Pooling on a group: every position of a subgroup gathers one tile of it, or an image gathers the samples of H."""
 
 from __future__ import annotations
 
@@ -111,3 +111,36 @@ class GroupUnpool(_Tiling):
         else:
             found = flat.new_zeros(*flat.shape[:2], self.group.order).index_copy(2, self.tiles[:, 0], flat)
         return shaped_signal(found, self.out_group, signal)
+
+
+class LiePool(nn.Module):
+    """Pooling of signals on R²⋊H by sampling, over H to an image, or with over="G" over all of G to an invariant.
+
+    out[x] is the maximum, or the mean by the measure of H, of f[x, h] over all samples h, so that it moves with the
+    rotations and dilations as an image does; over G the maximum or mean of that over the image.
+
+    Raises:
+        GMError: the mode or what to pool over is unknown, or the signal has not five axes.
+    Source: Knigge, Romero, Bekkers 2022, section 5, the projection layer.
+
+    >>> LiePool("mean")(torch.ones(2, 3, 8, 9, 9)).shape, LiePool("max", over="G")(torch.ones(2, 3, 8, 9, 9)).shape
+    (torch.Size([2, 3, 9, 9]), torch.Size([2, 3]))
+    """
+
+    def __init__(self, mode: str = "max", *, over: str = "H") -> None:
+        super().__init__()
+        if mode not in ("max", "mean"):
+            raise GMError(f'the mode of pooling is "max" or "mean", not {shown(mode)}')
+        if over not in ("H", "G"):
+            raise GMError(f'pooling is over "H", to an image, or over "G", to an invariant, not over {shown(over)}')
+        self.mode, self.over = mode, over
+
+    def forward(self, signal: Tensor) -> Tensor:  # (batch, channels, samples, height, width) -> without samples
+        """The image (batch, channels, height, width), or the invariant (batch, channels)."""
+        if signal.dim() != 5:
+            raise GMError(f"a signal here is (batch, channels, samples, height, width), not {tuple(signal.shape)}")
+        axes = (2,) if self.over == "H" else (2, 3, 4)
+        return signal.amax(axes) if self.mode == "max" else signal.mean(axes)
+
+    def __repr__(self) -> str:
+        return f"LiePool({self.mode!r}, over={self.over!r})"

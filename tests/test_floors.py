@@ -11,10 +11,10 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "spectra"),
-    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels"),
+    ("groups", "files", "tables", "linalg", "kinds", "spectra", "liegrids"),
+    ("structure", "surgery", "checkpoints", "budgets", "notes", "fourier", "stencils", "kernels", "siren", "motions"),
     ("factors", "products", "selection", "calibration", "rules", "separation"),
-    ("fitting", "layers", "groupconv", "lattice"),
+    ("fitting", "layers", "groupconv", "lattice", "lieconv"),
     ("projection", "attaching", "pooling", "homogeneous"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
     ("reporting", "reconstruction", "blocks"),
@@ -28,7 +28,8 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALGEBRA = {
-    room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation")
+    room: {"torch.nn"}
+    for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation", "liegrids")
 }
 PURE = {"groups": {"torch"}, "budgets": {"torch"}, "selection": {"torch"}, **ALGEBRA}  # what a room may never import
 
