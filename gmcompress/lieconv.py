@@ -25,14 +25,15 @@ class LieConv(nn.Module):
     `group` is "SE(2)" (H the rotations), "R^2:R+" (dilations by 1 to `max_scale`) or "Sim(2)" (both); `samples` is the
     number of rotations, of scales, or (rotations, scales), as in `gmcompress.liegrids.LieGrid`. Signals are (batch,
     channels, samples, height, width), zero outside, and move by (g·f)(x, h) = f(g⁻¹x, g⁻¹h), with which the layer
-    commutes up to its sampling: exactly for quarter turns about the middle where four divides the rotations, away
-    from the smallest and largest scale for dilations. `lift=True` reads images (batch, channels, height, width), and
-    its kernels have no part in H.
+    commutes up to its sampling: exactly for quarter turns about the middle where four divides the rotations; for
+    dilations at scales a factor of `reach` away from the smallest and the largest, as beyond them nothing is sampled.
+    `lift=True` reads images (batch, channels, height, width), and its kernels have no part in H.
 
     Kernels are a `Siren` of `hidden` wide, `layers` deep at frequency `omega`, on a disc that is `kernel_size` pixels
     across at scale 1, towards whose edge they fade, and s times that at scale s; in H they depend on the logarithm of
-    h⁻¹h̃. Their parameters do not depend on the samples: `resampled` makes the same layer on others. `separable` is one
-    of the kinds of `gmcompress.separation`, N being R², a sum of `terms`; all but gseparable convolve in cheaper steps.
+    h⁻¹h̃, and fade to zero where two scales differ by a factor of `reach`. None of it depends on the samples:
+    `resampled` makes the same layer on others. `separable` is one of the kinds of `gmcompress.separation`, N being R²,
+    a sum of `terms`; all but gseparable convolve in cheaper steps.
 
     `source` and `target` in a call are offsets of the grids of input and output, from `grid.draw()`, for training on
     random samples of H: what one layer has as target the next one has as source. `LieCNN` does that.
@@ -43,7 +44,7 @@ class LieConv(nn.Module):
     Raises:
         GMError: widths and sizes are no natural numbers, the kernel size is even, the group or the kind is unknown, or
             a lifting layer is to be separable.
-    Source: Knigge, Romero, Bekkers 2022, equations 4 and 5, section 3 and appendix C; Bekkers 2020 for sampling.
+    Source: Knigge, Romero, Bekkers 2022, the section on the method, and appendix C.2 for the kinds.
 
     >>> lift = LieConv("SE(2)", 3, 8, 5, samples=8, lift=True)
     >>> lift(torch.ones(2, 3, 9, 9)).shape
@@ -63,6 +64,7 @@ class LieConv(nn.Module):
         *,
         samples: int | tuple[int, int],
         max_scale: float = 2.0,
+        reach: float = 2.0,
         lift: bool = False,
         separable: str | None = None,
         terms: int = 1,
@@ -80,14 +82,22 @@ class LieConv(nn.Module):
                 raise GMError(f"{name} is an integer of at least 1, not {shown(value)}")
         if not kernel_size % 2:
             raise GMError(f"kernel_size is an odd number of pixels, so that a pixel is the middle, not {kernel_size}")
-        if isinstance(omega, bool) or not isinstance(omega, int | float) or not 0 < omega < math.inf:
-            raise GMError(f"omega is a number above 0, not {shown(omega)}")
+        for name, number, least in (("omega", omega, 0), ("reach", reach, 1)):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not least < number < math.inf:
+                raise GMError(f"{name} is a number above {least}, not {shown(number)}")
         self.grid = LieGrid(group, samples, max_scale)
         self.kind = check_kind("nonseparable" if separable is None else separable)
         if lift and self.kind != "nonseparable":
             raise GMError(f"a lifting layer has no part in H that could be {self.kind}; leave separable out")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
-        self.lift, self.terms, self.hidden, self.layers, self.omega = lift, terms, hidden, layers, omega
+        self.reach, self.lift, self.terms, self.hidden, self.layers, self.omega = (
+            reach,
+            lift,
+            terms,
+            hidden,
+            layers,
+            omega,
+        )
         self._build({"device": device, "dtype": dtype})
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -134,7 +144,7 @@ class LieConv(nn.Module):
         return float(fading(torch.hypot(steps[:, None], steps) / half).square().sum())
 
     def _places(self, target: Tensor | None) -> tuple[Tensor, Tensor]:  # (targets, pixels, 2), (targets, pixels)
-        """The coordinates h⁻¹·x of all pixels x of the box, in radii of the disc, and what the kernel there is times."""
+        """The coordinates h⁻¹·x of all pixels x of the box, in radii of the disc, and factors of the kernel there."""
         device = next(self.parameters()).device
         side = self._side(target)
         steps = torch.arange(side, device=device, dtype=torch.float64) - side // 2
@@ -146,7 +156,7 @@ class LieConv(nn.Module):
         """The factors of the kernel with all measures: (terms, o, targets, i if any, sources if any, pixels if any)."""
         places, gain = self._places(target)
         if not self.lift:
-            logs, shares, measure = self.grid.between(source, target, device=places.device)
+            logs, shares, measure = self.grid.between(source, target, reach=self.reach, device=places.device)
         found = {}
         for name, shape in self.channels.items():
             if name == "mixing":
@@ -244,6 +254,7 @@ class LieConv(nn.Module):
         scales = self.grid.group != "SE(2)"
         every = {
             "max_scale": (self.grid.max_scale, 2.0 if scales else self.grid.max_scale),
+            "reach": (self.reach, 2.0),
             "lift": (self.lift, False),
             "separable": (self.kind, "nonseparable"),
             "terms": (self.terms, 1),

@@ -154,22 +154,25 @@ class LieGrid:
         return turned * shrink[:, None, None], shrink.square()
 
     def between(
-        self, source: Tensor | None = None, target: Tensor | None = None, *, device: torch.device | str | None = None
-    ) -> tuple[
-        Tensor, Tensor, Tensor
-    ]:  # (targets, sources, logs, dimension), (targets, sources, logs), (targets, sources)
+        self,
+        source: Tensor | None = None,  # (2), the offset of the samples h̃
+        target: Tensor | None = None,  # (2), that of the samples h
+        *,
+        reach: float = 2.0,
+        device: torch.device | str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """All logarithms v of h⁻¹·h̃, scaled to about -1 to 1, the share of each, and the measure of the sample h̃.
 
         Shapes are (targets, sources, logs, dimension), (targets, sources, logs) and (targets, sources). A function on
         the circle is the sum over the logarithms v of an angle, two of which are within a full turn, of share(v) =
         cos²(v/4) times a function on the line: smooth where one logarithm alone would have to jump. The measure is
-        `cell` times `taper`(|v|/log max_scale) in the scale, zero for ratios from max_scale on.
+        `cell` times `taper`(|v|/log reach) in the scale, zero where scales differ by a factor of `reach` or more.
         """
         apart = self.logarithms(source, device=device) - self.logarithms(target, device=device)[:, None]
         turn, stretch = apart.unbind(2)
-        reach = math.log(self.max_scale)
-        columns = [(stretch / reach)[..., None]] if self.dilates else []
-        measure = self.cell * taper(stretch.abs() / reach)
+        stretch = stretch / math.log(reach)
+        columns = [stretch[..., None]] if self.dilates else []
+        measure = self.cell * taper(stretch.abs())
         shares = torch.ones_like(turn)[..., None]
         if self.rotates:
             turn = turn.remainder(FULL)

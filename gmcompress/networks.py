@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -99,15 +98,16 @@ class LieCNN(nn.Module):
     """A classifier or regressor of images on SE(2), R²⋊R⁺ or Sim(2): LieConv, BatchNorm, activation, pooling; a head.
 
     There is a layer for each of `channels`, the first of them lifting. `kernel_size` and `shrink` are one value for all
-    layers or one for each; shrink is the side of the squares of pixels whose means go on to the next layer, which
-    divide the image. Further options go to every `LieConv`, and `separable` and `terms` to all but the first.
+    layers or one for each; shrink is the side of the squares of pixels whose means go on to the next layer, which have
+    to divide the image. Further options go to every `LieConv`, and `separable` and `terms` to all but the first.
 
     With sampling="random" every layer has its samples of H moved by an offset of its own, drawn anew in each forward
     pass of training; in evaluation, and always where "fixed", samples are those of `LieGrid` without offset.
 
     The head "mean" or "max" pools over G and is linear in the channels: outputs (batch, outputs) do not change when an
-    image is turned, or dilated within the scales, but for what sampling costs; `equivariance_error` measures that.
-    "image" is one more `LieConv` whose mean over H is an image (batch, outputs, height, width) that turns with it.
+    image is turned, but for what sampling costs, which `equivariance_error` measures. Dilations change areas, and so
+    the mean; "max" hardly changes with them while what there is to see stays within the scales. "image" is one more
+    `LieConv` whose mean over H is an image (batch, outputs, height, width) that moves as the input does.
 
     Raises:
         GMError: lengths differ, the head or the sampling is unknown, or as for `LieConv`.
@@ -153,21 +153,17 @@ class LieCNN(nn.Module):
         for wide, side, factor in zip(channels, sides, shrinks, strict=True):
             steps.append(LieConv(group, in_channels, wide, side, samples=samples, **kinds, **options))
             steps += [*([nn.BatchNorm3d(wide)] if norm else []), activation()]
-            steps += [nn.AvgPool3d((1, factor, factor))] if factor > 1 else []
+            steps += [LiePool("mean", over=factor)] if factor > 1 else []
             in_channels, kinds = wide, {"separable": separable, "terms": terms}
         if head == "image":
             steps.append(LieConv(group, in_channels, outputs, sides[-1], samples=samples, **kinds, **options))
-        self.group, self.head, self.sampling, self.shrink = group, head, sampling, prod(shrinks)
+        self.group, self.head, self.sampling = group, head, sampling
         self.features = nn.Sequential(*steps)
         self.pool = LiePool("mean") if head == "image" else LiePool(head, over="G")
         self.last = nn.Identity() if head == "image" else nn.Linear(in_channels, outputs)
 
     def forward(self, images: Tensor) -> Tensor:  # (batch, in_channels, height, width)
         """The outputs (batch, outputs), or where the head is "image" images, smaller by all of `shrink`."""
-        if self.shrink > 1 and any(side % self.shrink for side in images.shape[2:]):
-            raise GMError(
-                f"sides of images are multiples of {self.shrink}, all of shrink, not {tuple(images.shape[2:])}"
-            )
         found, source = images, None
         for step in self.features:
             if isinstance(step, LieConv) and self.sampling == "random" and self.training:

@@ -41,11 +41,9 @@ class Siren(nn.Module):
         super().__init__()
         self.sizes = (inputs, *(hidden,) * layers, outputs)
         self.omega, self.std = float(omega), std
-        for number, (columns, rows) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
-            self.register_parameter(
-                f"weight{number}", nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
-            )
-            self.register_parameter(f"bias{number}", nn.Parameter(torch.empty(rows, device=device, dtype=dtype)))
+        for number, (columns, rows) in enumerate(pairwise(self.sizes)):
+            for name, shape in ((f"weight{number}", (rows, columns)), (f"bias{number}", (rows,))):
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,11 +54,13 @@ class Siren(nn.Module):
             if number == last:  # a sine of many phases has the mean square 1/2
                 bound = self.std * math.sqrt(6 / columns)
             nn.init.uniform_(getattr(self, f"weight{number}"), -bound, bound)
-            bias = getattr(self, f"bias{number}")
-            if number == last:
-                nn.init.zeros_(bias)
-            else:
-                nn.init.uniform_(bias, -1 / math.sqrt(columns), 1 / math.sqrt(columns))
+            edge = 0 if number == last else 1 / math.sqrt(columns)
+            nn.init.uniform_(getattr(self, f"bias{number}"), -edge, edge)
+
+    def _affine(self, number: int, found: Tensor) -> Tensor:
+        """The affine map of one layer, in the dtype of what it is applied to."""
+        weight, bias = getattr(self, f"weight{number}"), getattr(self, f"bias{number}")
+        return F.linear(found, weight.to(found), bias.to(found))
 
     def forward(
         self,
@@ -68,16 +68,14 @@ class Siren(nn.Module):
         shares: Tensor | None = None,  # (*, several), of sum 1
     ) -> Tensor:  # (*, outputs)
         """The values, or their sums over several coordinates by their shares."""
-        last = len(self.sizes) - 2
+        kind = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         with torch.autocast(coordinates.device.type, enabled=False):
-            found = coordinates.to(torch.promote_types(self.weight0.dtype, torch.float32))
-            for number in range(last):
-                weight, bias = (getattr(self, f"{name}{number}").to(found) for name in ("weight", "bias"))
-                found = (self.omega * F.linear(found, weight, bias)).sin()
-            if shares is not None:  # before the affine map, which keeps sums of shares
-                found = (shares.to(found)[..., None] * found).sum(-2)
-            weight, bias = (getattr(self, f"{name}{last}").to(found) for name in ("weight", "bias"))
-            return F.linear(found, weight, bias)
+            found = coordinates.to(kind)
+            for number in range(len(self.sizes) - 2):
+                found = (self.omega * self._affine(number, found)).sin()
+            if shares is not None:  # before the last affine map, which keeps sums of shares
+                found = (shares.to(kind)[..., None] * found).sum(-2)
+            return self._affine(len(self.sizes) - 2, found)
 
     def __repr__(self) -> str:
         inputs, *hidden, outputs = self.sizes
