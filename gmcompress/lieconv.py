@@ -140,7 +140,7 @@ class LieConv(nn.Module):
     def _area(self) -> float:
         """The number of pixels in the kernel at scale 1, those at the fading edge in part."""
         half = self.kernel_size / 2
-        steps = torch.arange(self.kernel_size, dtype=torch.float64) - (self.kernel_size - 1) / 2
+        steps = torch.arange(self.kernel_size, device="cpu", dtype=torch.float64) - (self.kernel_size - 1) / 2
         return float(fading(torch.hypot(steps[:, None], steps) / half).square().sum())
 
     def _places(self, target: Tensor | None) -> tuple[Tensor, Tensor]:  # (targets, pixels, 2), (targets, pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -69,7 +70,8 @@ class Siren(nn.Module):
     ) -> Tensor:  # (*, outputs)
         """The values, or their sums over several coordinates by their shares."""
         kind = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        with torch.autocast(coordinates.device.type, enabled=False):
+        place = coordinates.device.type  # there is no autocast on the meta device
+        with torch.autocast(place, enabled=False) if torch.amp.is_autocast_available(place) else nullcontext():
             found = coordinates.to(kind)
             for number in range(len(self.sizes) - 2):
                 found = (self.omega * self._affine(number, found)).sin()
