@@ -59,7 +59,7 @@ def equivariance_error(
 
     On "SE(2)", "R^2:R+" and "Sim(2)" inputs are images, and g rotates and dilates them about their middle: elements are
     angles in radians (by default every 15 degrees), ratios (√2 and its root, up and down) or pairs (angle, ratio).
-    Images are interpolated, so those without fine detail, and dark towards the border, tell the network's own error.
+    Images are interpolated: those without fine detail, and dark towards the border, show the error of the network.
     Outputs that are images are compared on the largest disc; signals on SE(2) move by multiples of their step.
 
     Fields: `error`, the root mean square over the elements of ‖f(g·x) − g·f(x)‖/‖g·f(x)‖; `worst`, the largest, and the

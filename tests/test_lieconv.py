@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import assert_close, must_fail
+from market import blobs
 from torch import Generator, Tensor, nn
 
 from gmcompress.errors import GMError
@@ -148,15 +149,6 @@ def test_quarter_turns_are_exact(group: str, samples: int, kind: str, generator:
         assert_quarter_turns(layer, signal)
         exact = layer.double()
         assert_quarter_turns(exact, signal.double(), 1e-12)
-
-
-def blobs(size: int, generator: Generator, *, count: int = 2, width: float = 2.5) -> Tensor:
-    """Images (count, 1, size, size) without fine detail and dark towards the border."""
-    steps = torch.arange(size) - (size - 1) / 2
-    middles = (torch.rand(count, 6, 2, generator=generator) - 0.5) * size / 3
-    rows, columns = (steps - middles[..., each, None] for each in (0, 1))
-    hills = torch.exp(-(rows.square()[..., None] + columns.square()[..., None, :]) / (2 * width**2))
-    return (torch.randn(count, 6, 1, 1, generator=generator) * hills).sum(1, keepdim=True)
 
 
 def dilation_error(layer: nn.Module, images: Tensor, ratio: float, ends: int, *, power: float = 0.0) -> float:
