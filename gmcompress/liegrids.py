@@ -34,7 +34,7 @@ class LieGrid:
 
     Raises:
         GMError: the group is none of these, or numbers that make no grid.
-    Source: Knigge, Romero, Bekkers 2022, section 4.
+    Source: Knigge, Romero, Bekkers 2022, the section on the method, for grids and measures.
 
     >>> LieGrid("Sim(2)", (8, 3))
     LieGrid(group='Sim(2)', samples=(8, 3), max_scale=2.0)

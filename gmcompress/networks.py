@@ -99,7 +99,8 @@ class LieCNN(nn.Module):
 
     There is a layer for each of `channels`, the first of them lifting. `kernel_size` and `shrink` are one value for all
     layers or one for each; shrink is the side of the squares of pixels whose means go on to the next layer, which have
-    to divide the image. Further options go to every `LieConv`, and `separable` and `terms` to all but the first.
+    to divide the image; the fewer pixels, the larger the error at angles between quarter turns. Further options go to
+    every `LieConv`, and `separable` and `terms` to all but the first.
 
     With sampling="random" every layer has its samples of H moved by an offset of its own, drawn anew in each forward
     pass of training; in evaluation, and always where "fixed", samples are those of `LieGrid` without offset.
@@ -111,7 +112,7 @@ class LieCNN(nn.Module):
 
     Raises:
         GMError: lengths differ, the head or the sampling is unknown, or as for `LieConv`.
-    Source: Knigge, Romero, Bekkers 2022, sections 4 and 5.
+    Source: Knigge, Romero, Bekkers 2022, the sections on the method and on experiments.
 
     >>> import torch
     >>> model = LieCNN("SE(2)", 1, 10, samples=8, channels=(8, 16), separable="separable", shrink=(2, 1))
