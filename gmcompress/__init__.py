@@ -19,12 +19,13 @@ from .homogeneous import HomogeneousConv
 from .kinds import register
 from .lattice import LatticeConv
 from .layers import GMConv2d, GMLinear, GMWeight, Verdict
+from .lieconv import LieConv
 from .metrics import Metrics, measure
-from .networks import GMCNN
+from .networks import GMCNN, LieCNN
 from .pipeline import compress, equivariance, sweep, tune
 from .pipeline import make_plan as plan
 from .planning import Plan
-from .pooling import GroupPool, GroupUnpool
+from .pooling import GroupPool, GroupUnpool, LiePool
 from .projection import Fit, project
 from .reporting import Report, Result
 from .separables import separate_layers
@@ -60,6 +61,9 @@ __all__ = [
     "GroupUnpool",
     "HomogeneousConv",
     "LatticeConv",
+    "LieCNN",
+    "LieConv",
+    "LiePool",
     "Metrics",
     "Plan",
     "Report",

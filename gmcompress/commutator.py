@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from .groupconv import GroupConv, flat_signal
 from .groups import Group, axes_of, embed, factor_generators
 from .groups import group as parse
 from .groups.group import Indices
+from .liegrids import FACTORS
+from .motions import Motion, disc, motions, move, move_signal
 from .structure import distance, index_tensor
 from .surgery import run
 
@@ -40,11 +44,11 @@ def act(
 def equivariance_error(
     model: nn.Module,
     group: Group | str,
-    inputs: Tensor,  # (batch, channels, n) or (batch, channels, *axes)
+    inputs: Tensor,  # (batch, channels, n) or (batch, channels, *axes), on a Lie group (batch, channels, height, width)
     *,
     stride: str | Iterable[int] | None = None,
     invariant: bool | None = None,
-    elements: Iterable[int] | None = None,
+    elements: Iterable[Any] | None = None,
 ) -> dict[str, Any]:
     """By how much f(g·x) and g·f(x) differ, relative to f(x), over elements g ≠ 1 of the group; 0 when equivariant.
 
@@ -53,7 +57,12 @@ def equivariance_error(
     `elements` are by default all of a subgroup of order up to 64, and else generators and 64 drawn at random (seed 0).
     The network runs as in evaluation, in its own dtype.
 
-    Fields: `error`, the root mean square over the elements of ‖f(g·x) − g·f(x)‖/‖f(x)‖; `worst`, the largest, and the
+    On "SE(2)", "R^2:R+" and "Sim(2)" inputs are images, and g rotates and dilates them about their middle: elements are
+    angles in radians (by default every 15 degrees), ratios (√2 and its root, up and down) or pairs (angle, ratio).
+    Images are interpolated: those without fine detail, and dark towards the border, show the error of the network.
+    Outputs that are images are compared on the largest disc; signals on SE(2) move by multiples of their step.
+
+    Fields: `error`, the root mean square over the elements of ‖f(g·x) − g·f(x)‖/‖g·f(x)‖; `worst`, the largest, and the
     `element` where it is; `elements`, how many were tried; `outputs`, "invariant" or "equivariant"; `layers`, for every
     layer of group matrices its name, kind, group and relative `distance` of the weight from the equivariant ones. A
     network of distance 0 everywhere can have an error, from a nonlinearity or a head that is not equivariant.
@@ -66,34 +75,76 @@ def equivariance_error(
     >>> error["error"] < 1e-6, error["outputs"], error["layers"]
     (True, 'equivariant', [{'layer': '', 'kind': 'GroupConv', 'group': 'D4', 'distance': 0.0}])
     """
-    whole = parse(group)
-    flat_signal(inputs, whole)
-    everything = np.arange(whole.order, dtype=np.int64)
-    small, members = (whole, everything) if stride is None else embed(whole, stride)
-    tried = _elements(small, members, elements)
+    trying: Callable[[Tensor], tuple[bool, Iterator[Trial]]]
+    if isinstance(group, str) and group in FACTORS:
+        if stride is not None:
+            raise GMError(f"there are no strides on {group}; leave stride out")
+        if inputs.dim() != 4:
+            raise GMError(f"inputs on {group} are images (batch, channels, height, width), not {tuple(inputs.shape)}")
+        trying = partial(_lie_trials, group, inputs, invariant, elements)
+    else:
+        whole = parse(group)
+        flat_signal(inputs, whole)
+        trying = partial(_finite_trials, whole, inputs, stride, invariant, elements)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         plain = _output(model, inputs)
-        moves = _is_signal(plain, small, invariant)
-        size = max(float(plain.double().norm()), torch.finfo(torch.float64).tiny)
+        moves, trials = trying(plain)
         errors = []
-        for h in tried:
-            moved = _output(model, act(whole, int(members[h]), inputs))
-            expected = act(small, h, plain) if moves else plain
-            errors.append(float((moved.double() - expected.double()).norm()) / size)
+        for element, moved, expected, within in trials:
+            found, wanted = (each.double() * within for each in (_output(model, moved), expected))
+            size = max(float(wanted.norm()), torch.finfo(torch.float64).tiny)
+            errors.append((float((found - wanted).norm()) / size, element))
     finally:
         for module, mode in modes.items():
             module.training = mode
-    worst = int(np.argmax(errors)) if errors else None
+    worst, element = max(errors, key=itemgetter(0), default=(0.0, 0))
     return {
-        "error": float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0,
-        "worst": 0.0 if worst is None else errors[worst],
-        "element": 0 if worst is None else int(members[tried[worst]]),
-        "elements": len(tried),
+        "error": float(np.sqrt(np.mean([error**2 for error, _ in errors]))) if errors else 0.0,
+        "worst": worst,
+        "element": element,
+        "elements": len(errors),
         "outputs": "equivariant" if moves else "invariant",
         "layers": layer_distances(model),
     }
+
+
+Trial = tuple[Any, Tensor, Tensor, Any]  # an element g, g·x, what f(g·x) should be, and where that is to be compared
+
+
+def _finite_trials(
+    whole: Group,
+    inputs: Tensor,
+    stride: str | Iterable[int] | None,
+    invariant: bool | None,
+    elements: Iterable[int] | None,
+    plain: Tensor,
+) -> tuple[bool, Iterator[Trial]]:
+    """Whether outputs move, and the elements of a finite group to try."""
+    everything = np.arange(whole.order, dtype=np.int64)
+    small, members = (whole, everything) if stride is None else embed(whole, stride)
+    tried = _elements(small, members, elements)
+    moves = _is_signal(plain, small, invariant)
+    pairs = ((h, int(members[h])) for h in tried)
+    return moves, ((g, act(whole, g, inputs), act(small, h, plain) if moves else plain, 1.0) for h, g in pairs)
+
+
+def _lie_trials(
+    group: str, inputs: Tensor, invariant: bool | None, elements: Iterable[Any] | None, plain: Tensor
+) -> tuple[bool, Iterator[Trial]]:
+    """Whether outputs move, and the rotations and dilations to try."""
+    if not (invariant or plain.dim() in (2, 4, 5)) or (invariant is False and plain.dim() not in (4, 5)):
+        raise GMError(f"outputs of shape {tuple(plain.shape)} are no images, nor signals on {group}")
+    moves = plain.dim() > 2 if invariant is None else not invariant
+
+    def trial(element: Any, motion: Motion) -> Trial:
+        moved = move(inputs, *motion)
+        if not moves:
+            return element, moved, plain, 1.0
+        return element, moved, move_signal(group, plain, motion), disc(plain, motion[1])
+
+    return moves, (trial(element, motion) for element, motion in motions(group, elements))
 
 
 def layer_distances(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""Pooling on a group: every position of a subgroup gathers one tile of the group, and unpooling fills it again."""
+"""Pooling on a group: every position of a subgroup gathers one tile of it, or an image gathers the samples of H."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .errors import GMError, shown
@@ -111,3 +112,43 @@ class GroupUnpool(_Tiling):
         else:
             found = flat.new_zeros(*flat.shape[:2], self.group.order).index_copy(2, self.tiles[:, 0], flat)
         return shaped_signal(found, self.out_group, signal)
+
+
+class LiePool(nn.Module):
+    """Pooling of signals on R²⋊H by sampling: over H to an image, over all of G to an invariant, or over few pixels.
+
+    With over="H" out[x] is the maximum, or the mean by the measure of H, of f[x, h] over all samples h, and moves with
+    rotations and dilations as an image does. With over="G" it is the maximum or mean of that over the image. An integer
+    pools over squares of so many pixels a side, which have to divide the image, and leaves the samples as they are.
+
+    Raises:
+        GMError: the mode or what to pool over is unknown, the signal has not five axes, or squares do not divide it.
+    Source: Knigge, Romero, Bekkers 2022, the section on the method, for the projection over H.
+
+    >>> signal = torch.ones(2, 3, 8, 16, 16)
+    >>> [tuple(LiePool("max", over=over)(signal).shape) for over in ("H", "G", 4)]
+    [(2, 3, 16, 16), (2, 3), (2, 3, 8, 4, 4)]
+    """
+
+    def __init__(self, mode: str = "max", *, over: str | int = "H") -> None:
+        super().__init__()
+        if mode not in ("max", "mean"):
+            raise GMError(f'the mode of pooling is "max" or "mean", not {shown(mode)}')
+        if over not in ("H", "G") and (type(over) is not int or over < 1):
+            raise GMError(f'pooling is over "H", over "G", or over squares of so many pixels, not over {shown(over)}')
+        self.mode, self.over = mode, over
+
+    def forward(self, signal: Tensor) -> Tensor:  # (batch, channels, samples, height, width)
+        """The image (batch, channels, height, width), the invariant (batch, channels), or the smaller signal."""
+        if signal.dim() != 5:
+            raise GMError(f"a signal here is (batch, channels, samples, height, width), not {tuple(signal.shape)}")
+        if isinstance(self.over, int):
+            if any(side % self.over for side in signal.shape[3:]):
+                raise GMError(f"squares of {self.over} pixels do not divide an image of {tuple(signal.shape[3:])}")
+            pool = F.max_pool2d if self.mode == "max" else F.avg_pool2d
+            return pool(signal.flatten(1, 2), self.over).unflatten(1, signal.shape[1:3])
+        axes = (2,) if self.over == "H" else (2, 3, 4)
+        return signal.amax(axes) if self.mode == "max" else signal.mean(axes)
+
+    def __repr__(self) -> str:
+        return f"LiePool({self.mode!r}, over={self.over!r})"

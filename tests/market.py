@@ -331,3 +331,16 @@ def slow_diagonals(weight: Tensor, structure: Structure) -> Tensor:  # (o, n, iÂ
         for x in range(n)
     ]
     return torch.stack(rows).reshape(len(weight) // n, n, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IMAGES for motions of the plane.
+
+
+def blobs(size: int, generator: torch.Generator, *, count: int = 2, width: float = 2.5) -> Tensor:
+    """Images (count, 1, size, size) without fine detail and dark towards the border."""
+    steps = torch.arange(size) - (size - 1) / 2
+    middles = (torch.rand(count, 6, 2, generator=generator) - 0.5) * size / 3
+    rows, columns = (steps - middles[..., each, None] for each in (0, 1))
+    hills = torch.exp(-(rows.square()[..., None] + columns.square()[..., None, :]) / (2 * width**2))
+    return (torch.randn(count, 6, 1, 1, generator=generator) * hills).sum(1, keepdim=True)

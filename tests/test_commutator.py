@@ -1,9 +1,11 @@
 """Laws of the equivariance error: zero for what is equivariant, that of a slow twin for what is not."""
 
+import math
+
 import pytest
 import torch
 from conftest import assert_close
-from market import GROUPS, slow_act
+from market import GROUPS, blobs, slow_act
 from torch import Generator, nn
 
 from gmcompress import GMLinear
@@ -11,8 +13,10 @@ from gmcompress.commutator import act, equivariance_error, layer_distances
 from gmcompress.errors import GMError
 from gmcompress.groupconv import GroupConv
 from gmcompress.groups import group
+from gmcompress.lieconv import LieConv
+from gmcompress.motions import disc, move
 from gmcompress.networks import GMCNN
-from gmcompress.pooling import GroupPool
+from gmcompress.pooling import GroupPool, LiePool
 
 SMALL = [name for name in GROUPS if 1 < group(name).order <= 12]
 
@@ -88,3 +92,47 @@ def test_refused() -> None:
             equivariance_error(model, "C4", signal, stride="C2", elements=elements)
     with pytest.raises(GMError, match="gives tuple"):
         equivariance_error(nn.RNN(4, 4), "C4", signal)
+
+
+@torch.no_grad()
+def test_rotations_and_dilations_of_images(generator: Generator) -> None:
+    torch.manual_seed(0)
+    images, angles = blobs(21, generator), [0.3, 2.0]
+    model = nn.Sequential(LieConv("SE(2)", 1, 2, 5, samples=8, lift=True), nn.ReLU(), LiePool())
+    found = equivariance_error(model, "SE(2)", images, elements=angles)
+    errors = []
+    for angle in angles:  # the definition
+        inside, expected = disc(images), move(model(images), angle)
+        errors.append(float(((model(move(images, angle)) - expected) * inside).norm() / (expected * inside).norm()))
+    assert found["error"] == pytest.approx((sum(each**2 for each in errors) / 2) ** 0.5, rel=1e-4)
+    assert (found["worst"], found["element"]) == (
+        pytest.approx(max(errors), rel=1e-4),
+        angles[errors.index(max(errors))],
+    )
+    assert (found["elements"], found["outputs"], found["layers"]) == (2, "equivariant", [])
+    assert found["error"] < 0.1
+    still = equivariance_error(nn.Identity(), "SE(2)", images)
+    assert still["error"] < 1e-6, "what moves with its input has none, whatever the interpolation"
+    assert still["elements"] == 23
+    assert equivariance_error(nn.Identity(), "SE(2)", images, invariant=True)["error"] > 0.1
+    assert equivariance_error(model[:1], "SE(2)", images, elements=[math.pi / 4, math.pi / 2])["error"] < 0.1
+    uneven = nn.Sequential(nn.Conv2d(1, 2, 5, padding=2, bias=False))
+    assert equivariance_error(uneven, "SE(2)", images, elements=angles)["error"] > 0.3
+    for name, count in (("R^2:R+", 4), ("Sim(2)", 28)):
+        assert equivariance_error(nn.Identity(), name, images)["elements"] == count
+
+
+def test_refused_on_lie_groups() -> None:
+    images = torch.ones(1, 1, 5, 5)
+    with pytest.raises(GMError, match="no strides"):
+        equivariance_error(nn.Identity(), "SE(2)", images, stride="C4")
+    with pytest.raises(GMError, match="are images"):
+        equivariance_error(nn.Identity(), "SE(2)", images[0])
+    with pytest.raises(GMError, match="no images, nor signals"):
+        equivariance_error(nn.Flatten(2), "SE(2)", images)
+    with pytest.raises(GMError, match="no images, nor signals"):
+        equivariance_error(nn.Flatten(), "SE(2)", images, invariant=False)
+    with pytest.raises(GMError, match="multiples of"):
+        equivariance_error(LieConv("SE(2)", 1, 1, 3, samples=4, lift=True), "SE(2)", images)
+    with pytest.raises(GMError, match="LiePool"):
+        equivariance_error(LieConv("R^2:R+", 1, 1, 3, samples=2, lift=True), "R^2:R+", images)

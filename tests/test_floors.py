@@ -11,12 +11,12 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds"),
+    ("groups", "files", "tables", "linalg", "kinds", "liegrids"),
     ("fourier", "fewrows"),
-    ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels"),
+    ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "calibration", "rules", "separation", "stencils"),
     ("products",),
-    ("fitting", "layers", "groupconv", "lattice"),
+    ("fitting", "layers", "groupconv", "lattice", "lieconv"),
     ("projection", "attaching", "pooling", "homogeneous", "separables"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
     ("reporting", "reconstruction", "blocks"),
@@ -30,7 +30,8 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALGEBRA = {
-    room: {"torch.nn"} for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation")
+    room: {"torch.nn"}
+    for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation", "liegrids")
 }
 PURE = {
     "groups": {"torch"},

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from gmcompress.errors import GMError
 from gmcompress.groups import factor_generators, group, word_lengths
-from gmcompress.pooling import GroupPool, GroupUnpool
+from gmcompress.pooling import GroupPool, GroupUnpool, LiePool
 
 
 def slow_pool(name: str, members: list[int], signal: Tensor, mode: str) -> Tensor:
@@ -102,3 +102,29 @@ def test_refused() -> None:
         GroupPool("D4", [1], generators=[2])
     with pytest.raises(GMError, match="has shape"):
         GroupPool("C4xC2", "C2xC2")(torch.ones(1, 2, 4))
+
+
+@pytest.mark.parametrize("mode", ["max", "mean"])
+def test_pooling_on_lie_groups(mode: str, generator: Generator) -> None:
+    signal = torch.randn(2, 3, 4, 6, 9, generator=generator, dtype=torch.float64)
+    reduce = torch.amax if mode == "max" else torch.mean
+    over_h, over_g, tiles = (LiePool(mode, over=over) for over in ("H", "G", 3))
+    assert_close(over_h(signal), torch.stack([reduce(signal[:, :, :, i], 2) for i in range(6)], 2))
+    assert_close(over_g(signal), reduce(over_h(signal), (2, 3)))
+    expected = torch.stack(
+        [reduce(signal[..., i : i + 3, j : j + 3], (3, 4)) for i in (0, 3) for j in (0, 3, 6)], 3
+    ).unflatten(3, (2, 3))
+    assert_close(tiles(signal), expected)
+    must_fail(assert_close, tiles(signal.roll(1, 4)), expected)
+    for each in (over_h, over_g, tiles):
+        assert repr(eval(repr(each))) == repr(each)
+
+
+def test_pooling_on_lie_groups_refused() -> None:
+    for options, message in (({"mode": "sum"}, "mode"), ({"over": "K"}, "over"), ({"over": 0}, "over")):
+        with pytest.raises(GMError, match=message):
+            LiePool(**options)
+    with pytest.raises(GMError, match="samples, height, width"):
+        LiePool()(torch.ones(2, 3, 4, 5))
+    with pytest.raises(GMError, match="do not divide"):
+        LiePool(over=2)(torch.ones(2, 3, 4, 5, 4))
