@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .allocation import Table, tabulate
 from .blocks import Refit, refit_blocks
 from .calibration import first_of, take
+from .copies import duplicate
 from .errors import GMError
 from .factors import Metric
 from .files import json_digest
@@ -24,8 +25,9 @@ from .notes import Notes, data_digest, model_digest
 from .planning import Plan, eligible
 from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
+from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
-from .surgery import TIED_HEAD, Inputs, describe, duplicate, find_weight, read_weight, run, shell, trace
+from .surgery import TIED_HEAD, Inputs, describe, find_weight, read_weight, run, shell, trace
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
@@ -95,7 +97,7 @@ class Job:
 
     def table(self, rules: Mapping[str, Any], notes: Notes) -> Table:
         """What every layer may become, and what that would cost."""
-        dense, sites = shell(self.model), trace(self.model, self.inputs)
+        dense, sites = shell(self.model), rehearsed_sites(self.model, self.inputs)
         bound = parse_group(self.group) if isinstance(self.group, str) else self.group
         chosen = eligible(sites, **rules)
         names = [site.name for site in chosen.free]

@@ -25,9 +25,10 @@ from .metrics import measure_together
 from .planning import Override, Plan, Rule, Rules, choose
 from .projection import Fit, fitted_distance, relative_error, svd_error
 from .reconstruction import Reconstruction
+from .rehearsal import rehearsed_sites
 from .reporting import Report, Result
 from .structure import distance, expand
-from .surgery import Inputs, check_model, conv_groups_of, describe, find_weight, read_weight, run, shell, trace
+from .surgery import Inputs, check_model, conv_groups_of, describe, find_weight, read_weight, run, shell
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
@@ -70,7 +71,7 @@ def make_plan(
         return allocate(job.table(rules, job.notes(checkpoint, "table", rules)), budgets)
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
-    sites = trace(model, job.inputs)
+    sites = rehearsed_sites(model, job.inputs)
     total = sum(each.numel() for each in model.parameters())
     return choose(sites, group, model_parameters=total, rank=rank, residual=residual, **rules)
 
