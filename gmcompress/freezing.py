@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .attaching import structured
 from .copies import duplicate
-from .errors import GMError
+from .errors import GMError, said
 from .layers import GMLayer, Verdict
 from .metrics import latencies, measure_together
 from .reporting import Result
-from .surgery import Inputs, check_model, run, said
+from .surgery import Inputs, check_model, run
 
 PATHS = ("auto", "dense", "structured")
 GAIN = 0.97  # of the dense time that the fast product may take at most; what is nearer may be noise

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_flatten
 
 from .attaching import empty, exchange
 from .copies import duplicate
-from .errors import GMError
+from .errors import GMError, said
 from .layers import GMLayer, GMWeight
-from .surgery import Inputs, Site, describe, find_weight, read_weight, run, said, trace, write_weight
+from .surgery import Inputs, Site, describe, find_weight, read_weight, run_seeded, trace, write_weight
 
 ANY = "C1"  # the group whose matrices are all matrices
 RUNS = 60  # of a model that refuses some weights, at most; those that are not sorted by then stay dense
@@ -80,7 +80,7 @@ class _Rehearsal:
             factors = 0.5 + torch.rand(weight.shape, generator=generator)
             write_weight(twin, name, weight * factors.to(weight))
         # runs of copies, since a model may write into its weights
-        expected, again = (_seeded(duplicate(twin, {}), inputs) for _ in range(2))
+        expected, again = (run_seeded(duplicate(twin, {}), inputs) for _ in range(2))
         return cls(model, twin, inputs, expected, agree(expected, again))
 
     def take(self, names: Sequence[str]) -> None:
@@ -105,7 +105,7 @@ class _Rehearsal:
         except GMError as problem:  # of a class that can have no subclass
             return str(problem)
         try:
-            found = _seeded(small, self.inputs)
+            found = run_seeded(small, self.inputs)
         except GMError as problem:
             return REFUSED + said(problem.__cause__ or problem)
         return "" if not self.repeats or agree(found, self.expected) else ELSEWHERE
@@ -134,14 +134,6 @@ class _Rehearsal:
 def _parameter(model: nn.Module, name: str) -> Tensor:
     module, key = find_weight(model, name)
     return module.get_parameter(key)
-
-
-def _seeded(model: nn.Module, inputs: Inputs) -> Any:
-    """One run, at random as every other one, and without a trace in the caller's stream of random numbers."""
-    devices = {each.device for each in model.parameters() if each.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(0)
-        return run(model, inputs)
 
 
 def agree(found: Any, expected: Any) -> bool:

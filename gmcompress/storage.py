@@ -36,7 +36,7 @@ from .files import (
 from .nesting import ROOT, by_name, nested, settings_text
 from .planning import Plan
 from .reporting import Result
-from .surgery import Inputs, check_model, find_weight, run, shell
+from .surgery import Inputs, check_model, find_weight, run_seeded, shell
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CHECK = "gmcompress.json", "model.safetensors", "check.safetensors"
@@ -190,7 +190,7 @@ def _pair(model: nn.Module, inputs: Inputs | None) -> dict[str, Any]:
 
 def _run_pair(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: each.detach().clone() if isinstance(each, Tensor) else each for key, each in named.items()}
-    outputs = _tensors(run(model, _unnamed(named)))
+    outputs = _tensors(run_seeded(model, _unnamed(named)))
     return given | {f"output.{index:04d}": each.detach().clone() for index, each in enumerate(outputs)}
 
 
@@ -279,7 +279,7 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
         if not is_setting and name not in pair:
             raise GMError(f"{place / CHECK} lacks inputs that {DESCRIPTION} names")
         named[name] = parse_json(value, text[:80]) if is_setting else pair[name].to(device)
-    found = _tensors(run(shell(model), _unnamed(named)))
+    found = _tensors(run_seeded(shell(model), _unnamed(named)))
     wanted = [pair[name] for name in sorted(pair) if name.startswith("output.")]
     if [each.shape for each in found] != [each.shape for each in wanted]:
         raise GMError(

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
 
 from .copies import duplicate
-from .errors import GMError, nearest_names
+from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -167,14 +167,12 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         raise GMError(f"{what}: {said(problem)}") from problem
 
 
-def said(problem: BaseException) -> str:
-    """What an exception says, in a line.
-
-    >>> said(ValueError("no\nand no again")), said(AssertionError())
-    ('ValueError: no', 'AssertionError')
-    """
-    first = str(problem).strip().split("\n")[0]
-    return f"{type(problem).__name__}: {first}" if first else type(problem).__name__
+def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
+    """One run in which random numbers are the same each time, and which leaves the caller's stream of them alone."""
+    devices = {each.device for each in model.parameters() if each.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)
+        return run(model, inputs)
 
 
 def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
