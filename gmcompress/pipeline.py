@@ -282,24 +282,24 @@ def _row(model: nn.Module, name: str, fit: Fit) -> dict[str, Any]:
 
 
 def check_outputs(expected: Any, found: Any) -> None:
-    """The same nesting and shapes of outputs, all finite where they were.
+    """The same nesting of outputs, tensors of as many axes, all finite where they were.
 
-    The first sizes may differ: a detector returns as many boxes as it finds.
+    Sizes may differ: a detector returns as many boxes as it finds, and speech is as long as the words take.
 
     Raises:
         GMError: they differ, so that the compressed model could not take the place of the dense one.
     """
     (old, old_form), (new, new_form) = tree_flatten(expected), tree_flatten(found)
-    if old_form != new_form or _sizes(old) != _sizes(new):
+    if old_form != new_form or _axes(old) != _axes(new):
         raise GMError(f"the compressed model returns {describe(new)} where the dense one returned {describe(old)}")
     for before, after in zip(old, new, strict=True):
         if isinstance(before, Tensor) and torch.isfinite(before).all() and not torch.isfinite(after).all():
             raise GMError("the compressed model's outputs are not finite on the inputs given; try a larger rank")
 
 
-def _sizes(leaves: Iterable[Any]) -> list[Any]:
-    """Of every tensor the sizes but the first, of anything else the type."""
-    return [(each.dim(), each.shape[1:]) if isinstance(each, Tensor) else type(each) for each in leaves]
+def _axes(leaves: Iterable[Any]) -> list[Any]:
+    """Of every tensor the number of axes, of anything else the type."""
+    return [each.dim() if isinstance(each, Tensor) else type(each) for each in leaves]
 
 
 def model_name(model: nn.Module) -> str:
