@@ -184,7 +184,13 @@ def empty(model: nn.Module, name: str, structure: Structure | Group | str, *, re
             f"there is no structured layer for {key} of {type(module).__name__}; gmcompress.register says of a class "
             "of yours which parameters are matrices"
         )
-    return GMWeight.like(parameter, view, structure)
+    return GMWeight.like(parameter, view, structure, zero_row=_zero_row(module, parameter))
+
+
+def _zero_row(module: nn.Module, parameter: Tensor) -> int | None:
+    """The row of an embedding for its padding, where it is zero, as it is unless other weights were loaded."""
+    row = module.padding_idx if isinstance(module, nn.Embedding) else None
+    return None if row is None or parameter[row].any() else row
 
 
 def exchange(model: nn.Module, layers: Mapping[str, GMLayer], *, inplace: bool = False) -> nn.Module:

@@ -33,6 +33,7 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .layers import GMWeight
 from .nesting import ROOT, by_name, nested, settings_text
 from .planning import Plan
 from .reporting import Result
@@ -233,7 +234,10 @@ def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, 
             key = find_weight(dense, name)[1]
             path = name if key == "weight" else name.rpartition(".")[0]
             child = f"{path}.{CHILD}{key}." if path else f"{CHILD}{key}."
-            made[name] = empty(dense, name, text, replaced=not any(each.startswith(child) for each in tensors))
+            layer = empty(dense, name, text, replaced=not any(each.startswith(child) for each in tensors))
+            if isinstance(layer, GMWeight):  # which row was zero is not a matter of the weights that the model has now
+                layer.zero_row = tensors.get(child + "zero_row")
+            made[name] = layer
         return exchange(dense, made)
     except GMError as problem:
         raise GMError(f"{place} was saved from another model: {problem}") from None

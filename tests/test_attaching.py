@@ -315,6 +315,28 @@ def test_embeddings_that_renormalise():
     result.model(tokens).sum().backward()
 
 
+@pytest.mark.parametrize("options", [{"rank": 1}, {"budget": "60%"}], ids=["rank", "budget"])
+def test_the_zero_row_of_the_padding_stays_zero(options, tmp_path):
+    def build():
+        return nn.Sequential(nn.Embedding(16, 8, padding_idx=3), nn.Linear(8, 3))
+
+    model, tokens = build(), torch.arange(8)
+    result = gm.compress(model, "C4", inputs=tokens, **options)
+    gm.save(result, tmp_path / "small")
+    other = build()
+    with torch.no_grad():
+        other[0].weight.fill_(1.0)
+    loaded = gm.load(tmp_path / "small", other)
+    for each in (result.model, gm.densify(result.model), copy.deepcopy(result.model), loaded):
+        assert float(each[0].weight[3].detach().abs().max()) < 1e-6
+        assert each[0].weight[4].any()
+    assert torch.equal(loaded[0].weight, result.model[0].weight)
+    exported = torch.export.export(result.model.eval(), (tokens,)).module()
+    assert_same(exported(tokens), run(result.model, tokens))
+    control = gm.compress(other, "C4", rank=1).model
+    assert control[0].weight[3].any(), "where the dense row is not zero, neither is the structured one"
+
+
 def test_a_saved_layer_keeps_its_form_whatever_hooks_the_model_has_now(tmp_path):
     for saved, built_on in ((False, True), (True, False)):
         models = [zoo.mlp(), zoo.mlp()]
