@@ -25,7 +25,9 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         raise GMError(
             f"this {type(model).__name__} cannot be copied ({problem}); inplace=True works without"
         ) from problem
-    for module in found.modules():
+    was_training = {name: module.training for name, module in model.named_modules()}
+    for name, module in found.named_modules():
+        module.training = was_training.get(name, module.training)  # graph modules are all in training once copied
         for held in (vars(module), *(each for each in vars(module).values() if isinstance(each, dict))):
             held.update({key: _followed(each, leaves) for key, each in held.items() if callable(each)})
     return found

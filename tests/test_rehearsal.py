@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 import zoo
 from conftest import assert_close, must_fail
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import gmcompress as gm
 from gmcompress.copies import duplicate
@@ -163,3 +164,13 @@ def test_copies_follow_what_functions_close_over():
     assert duplicate(model, {}).plain is plain
     copied = duplicate(model, {})
     assert copied.own is not own
+
+
+def test_copies_of_graph_modules_stay_in_evaluation():
+    model = create_feature_extractor(zoo.mlp(), {"2": "hidden"}).eval()
+    assert not any(module.training for module in duplicate(model, {}).modules())
+    assert all(module.training for module in duplicate(model.train(), {}).modules())
+    x = torch.randn(4, 8)
+    result = gm.compress(model.eval(), "C4", rank=1, inputs=x, include="*")
+    assert not result.model.training
+    assert_close(run(gm.densify(result.model), x)["hidden"], run(result.model, x)["hidden"])
