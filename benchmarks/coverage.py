@@ -1,4 +1,4 @@
-"""What gmcompress reaches: one model of every timm family, from compress to torch.export, each in its own process.
+"""What gmcompress reaches: one model of every timm family, from compress to ONNX, each in its own process.
 
 python benchmarks/coverage.py --output coverage.jsonl --resume
 """
@@ -25,7 +25,9 @@ from rows import append_row, machine, prepare_device, read_rows, shown_command
 
 from gmcompress.tables import make_table
 
-STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export")
+STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "dense onnx", "onnx")
+LEADS_ON = ("build", "compress", "forward", "save", "load", "dense onnx")  # later stages need what these leave behind
+PASSED = ("ok", "begun")  # begun: the next stage was, before the process died
 LOW = 0.6  # share reached below which a family is listed with its reason
 TOLERANCE = 1e-4  # relative to the largest output; loaded and densified models compute the same in another order
 UNSUITED = "no model small enough"
@@ -172,6 +174,19 @@ class Subject:
         with torch.no_grad():
             assert_equal(program.module()(self.inputs), self.outputs)
 
+    def dense_onnx(self) -> None:
+        """Whether the dense model can be written as ONNX at all; only where it can, the compressed one is tried."""
+        self.facts["dense_onnx_difference"] = self._onnx(self.model)
+
+    def onnx(self) -> None:
+        """The compressed model as ONNX, run by onnxruntime on other inputs and batch sizes; equal outputs."""
+        self.facts["onnx_difference"] = self._onnx(self.loaded)
+
+    def _onnx(self, model: Any) -> float:
+        import gmcompress as gm
+
+        return gm.export(model, self.folder / "model.onnx", self.inputs, tolerance=TOLERANCE).difference
+
 
 def work(name: str, group: str, *, gigabytes: float) -> dict[str, Any]:
     """Take one model with random weights through the stages, in this process, up to the first that fails."""
@@ -187,8 +202,8 @@ def work(name: str, group: str, *, gigabytes: float) -> dict[str, Any]:
         subject = Subject(name, group, Path(folder))
         for stage in STAGES:
             print(f"stage {stage}", flush=True)  # the last of these tells where a process was killed
-            stages[stage] = attempt(getattr(subject, stage))
-            if stages[stage] != "ok" and stage not in ("backward", "densify"):  # these two leave nothing to others
+            stages[stage] = attempt(getattr(subject, stage.replace(" ", "_")))
+            if stages[stage] != "ok" and stage in LEADS_ON:
                 break
     return {
         **subject.facts,
@@ -255,22 +270,55 @@ def reached_low(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted((row for row in rows if row.get("reached", 1.0) < LOW), key=lambda row: row["reached"])
 
 
+def latest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last row of every family that has a model in it: a larger limit may have found one later.
+
+    >>> latest([{"family": "a", "model": "m"}, {"family": "a", "model": None}, {"family": "b", "model": None}])
+    [{'family': 'a', 'model': 'm'}, {'family': 'b', 'model': None}]
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if row["model"] or row["family"] not in found:
+            found[row["family"]] = row
+    return list(found.values())
+
+
+def lacks_onnx(row: Mapping[str, Any]) -> bool:
+    """Whether a row stems from before there were stages of ONNX.
+
+    >>> lacks_onnx({"stages": {"export": "ok"}}), lacks_onnx({"stages": {"export": "ok", "dense onnx": "no"}})
+    (True, False)
+    """
+    stages = row.get("stages", {})
+    return "export" in stages and "dense onnx" not in stages
+
+
+def stage_counts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """For every stage how many models passed, of how many that count: of ONNX those that tried, of others all.
+
+    >>> stage_counts([{"stages": {"build": "ok", "export": "ok"}}, {"stages": {"build": "no"}}])
+    [('build', 1, 2), ('export', 1, 2)]
+    """
+    found = []
+    for stage in STAGES:
+        outcomes = [row["stages"][stage] for row in rows if stage in row["stages"]]
+        if outcomes:
+            count = len(outcomes) if "onnx" in stage else len(rows)
+            found.append((stage, sum(each in PASSED for each in outcomes), count))
+    return found
+
+
 def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
     """How far the families came, what failed, and which weights are out of reach."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     tried = [row for row in rows if row["model"]]
-    counts = []
-    for stage in STAGES:
-        outcomes = [row["stages"][stage] for row in tried if stage in row["stages"]]
-        passed = sum(each in ("ok", "begun") for each in outcomes)  # begun: the next one was, before the process died
-        counts.append((stage, passed, len(outcomes) - passed, len(tried) - len(outcomes)))
     title = f"{len(tried)} families of timm; {len(rows) - len(tried)} have {UNSUITED}"
-    console.print(make_table(title, ["stage", "pass#", "fail#", "not reached#"], counts))
+    console.print(make_table(title, ["stage", "models that pass#", "tried#"], stage_counts(tried)))
     failures = [
         (row["family"], row["model"], stage, said)
         for row in tried
         for stage, said in row["stages"].items()
-        if said not in ("ok", "begun")
+        if said not in PASSED
     ]
     if failures:
         console.print(make_table("Failures", ["family", "model", "stage", "error"], failures))
@@ -301,7 +349,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-gigabytes", type=float, default=0.0, help="of address space for one model; 0: no limit")
     parser.add_argument("--shard", default="1/1", help="k/n: every n-th family, from the k-th on")
     parser.add_argument("--output", type=Path, help="rows are appended to this file")
-    parser.add_argument("--resume", action="store_true", help="leave out the families that --output has")
+    parser.add_argument("--resume", action="store_true", help="leave out the families that --output has, with ONNX")
     parser.add_argument("--here", metavar="MODEL", help="take one model through in this process and print its findings")
     options = parser.parse_args(arguments)
     if options.here:
@@ -315,16 +363,16 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := [each for each in wanted if each not in known]:
         parser.error(f"timm has no family {unknown[0]}")
     rows = read_rows(options.output) if options.resume and options.output else []
-    done = {row["family"] for row in rows if row["group"] == options.group}
+    done = {row["family"] for row in latest(rows) if row["group"] == options.group and not lacks_onnx(row)}
     shown = shown_command("coverage.py", {"output": options.output}, arguments)
     for family in [each for each in wanted if each not in done]:
         row = examine_family(family, known[family], options) | {"command": shown}
         rows.append(row)
         if options.output is not None:
             append_row(options.output, row)
-        failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said not in ("ok", "begun")]
+        failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said not in PASSED]
         print(family, row["model"], "; ".join(failed) or row.get("skipped", "ok"), file=sys.stderr, flush=True)
-    print_tables([row for row in rows if row["family"] in wanted])
+    print_tables([row for row in latest(rows) if row["family"] in wanted])
     return 0
 
 

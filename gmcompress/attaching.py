@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .copies import duplicate
 from .errors import GMError
 from .groups import Group
 from .kinds import view_of
 from .layers import COUNTERPARTS, GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from .structure import Structure
-from .surgery import duplicate, find_weight, holders, is_plain, replace, site_name
+from .surgery import find_weight, holders, is_plain, replace, site_name
 
 CHILD = "structured_"  # and the name of the parameter: the child that holds the GMWeight
 
@@ -140,10 +142,10 @@ def is_replaced(model: nn.Module, name: str) -> bool:
     """Whether the module of a weight is replaced by a structured layer; else the weight is attached to it.
 
     A plain Linear or Conv2d is, unless the new layer would lose something: hooks, children, buffers, further
-    parameters, objects set on it, or that a parameter is shared.
+    parameters, their order, objects set on it, or that a parameter is shared.
     """
     module, _ = find_weight(model, name)
-    if type(module) not in COUNTERPARTS or set(module._parameters) - {"weight", "bias"}:
+    if type(module) not in COUNTERPARTS or list(module._parameters) != ["weight", "bias"]:
         return False
     if module._buffers or module._modules or any(each for name, each in vars(module).items() if name.endswith("hooks")):
         return False
@@ -182,7 +184,13 @@ def empty(model: nn.Module, name: str, structure: Structure | Group | str, *, re
             f"there is no structured layer for {key} of {type(module).__name__}; gmcompress.register says of a class "
             "of yours which parameters are matrices"
         )
-    return GMWeight.like(parameter, view, structure)
+    return GMWeight.like(parameter, view, structure, zero_row=_zero_row(module, parameter))
+
+
+def _zero_row(module: nn.Module, parameter: Tensor) -> int | None:
+    """The row of an embedding for its padding, where it is zero, as it is unless other weights were loaded."""
+    row = module.padding_idx if isinstance(module, nn.Embedding) else None
+    return None if row is None or parameter[row].any() else row
 
 
 def exchange(model: nn.Module, layers: Mapping[str, GMLayer], *, inplace: bool = False) -> nn.Module:
@@ -212,7 +220,7 @@ def exchange(model: nn.Module, layers: Mapping[str, GMLayer], *, inplace: bool =
     changed = replace(model, modules, inplace=True) if inplace else duplicate(model, memo)
     for held in holders(changed):
         for each in held:
-            weight = weights.get(id(each.module._parameters.get(each.key)))
+            weight = weights.get(id(each.parameter))
             if weight is not None:
                 attach_(each.module, each.key, weight)
     return changed
@@ -245,7 +253,10 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
 
 def remember(model: nn.Module) -> Callable[[], None]:
     """What puts all modules of a model back as they are now: classes, parameters and children, not their values."""
-    kept = [(each, type(each), dict(each._parameters), dict(each._modules)) for each in model.modules()]
+    open_ = [
+        each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)
+    ]  # the others cannot change
+    kept = [(each, type(each), dict(each._parameters), dict(each._modules)) for each in open_]
 
     def put_back() -> None:
         for module, cls, parameters, children in kept:

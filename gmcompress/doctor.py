@@ -20,7 +20,8 @@ from .groups import group as parse_group
 from .kinds import kind_of, layouts_of
 from .pipeline import check_outputs, compress, model_name
 from .planning import Plan, choose
-from .surgery import Inputs, Site, check_model, describe, run, shell, site_name, trace
+from .rehearsal import rehearsed_sites
+from .surgery import Inputs, Site, check_model, count_calls, describe, run, shell, site_name, trace
 from .tables import percent, table_text
 
 RANK = 0  # of the trial: group matrices alone, which every quotient but the trivial one makes smaller
@@ -214,7 +215,7 @@ def examine(model: nn.Module, inputs: Inputs | None = None, group: str | Group =
 
 def _plan(model: nn.Module, inputs: Inputs | None, group: Group) -> Plan:
     """The literal plan, with reasons for what it leaves out, also where that is everything."""
-    sites = trace(model, inputs)
+    sites = rehearsed_sites(model, inputs)
     total = sum(each.numel() for each in model.parameters())
     with_probe = (*sites, PROBE)  # choose refuses to plan nothing, so one layer goes along that always fits
     plan = choose(with_probe, group, model_parameters=total, rank=RANK, overrides={PROBE.name: "lowrank:1"})
@@ -226,7 +227,7 @@ def _trial(model: nn.Module, plan: Plan, inputs: Inputs | None, expected: Any) -
     small = None
     try:
         if not plan.layers:
-            raise GMError("none of its weights fits the group")
+            raise GMError(f"no weight can be compressed: {next(iter(plan.skipped.values()), 'it holds none')}")
         small = compress(model, plan=plan).model
         if inputs is not None:
             check_outputs(expected, run(shell(small), inputs))
@@ -255,8 +256,7 @@ def _watch(model: nn.Module, inputs: Inputs) -> tuple[Counter[str], set[str]] | 
     """How often each module runs, and which parameters are read; None where the model does not run when watched."""
     calls: Counter[str] = Counter()
     watched = shell(model)
-    for name, module in watched.named_modules():
-        module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name]))
+    count_calls(watched, calls)
     reads = _Reads({id(each): name for name, each in watched.named_parameters()})
     try:
         with reads:

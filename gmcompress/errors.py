@@ -39,3 +39,13 @@ def nearest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:
     names = sorted(set(known))
     close = difflib.get_close_matches(name[:200], names, n=count, cutoff=0.0)  # whose time grows with the length
     return ", ".join(repr(each) for each in close) or "(there are none)"
+
+
+def said(problem: BaseException) -> str:
+    """What an exception says, in a line.
+
+    >>> said(ValueError("no\nand no again")), said(AssertionError())
+    ('ValueError: no', 'AssertionError')
+    """
+    first = str(problem).strip().split("\n")[0]
+    return f"{type(problem).__name__}: {first}" if first else type(problem).__name__

@@ -15,6 +15,7 @@ from .allocation import Table, check_budgets, tabulate
 from .blocks import Refit, refit_blocks
 from .budgets import Budget
 from .calibration import first_of, take
+from .copies import duplicate
 from .errors import GMError
 from .factors import Metric
 from .files import json_digest
@@ -25,8 +26,9 @@ from .notes import Notes, data_digest, model_digest
 from .planning import Plan, eligible
 from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
+from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
-from .surgery import TIED_HEAD, Inputs, describe, duplicate, find_weight, read_weight, run, shell, trace
+from .surgery import TIED_HEAD, Inputs, describe, find_weight, read_weight, run, shell, trace
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
@@ -101,7 +103,7 @@ class Job:
             GMError: rules, weights or inputs that cannot be used; or, before anything is fitted, budgets that the
                 shapes show to be out of reach.
         """
-        dense, sites = shell(self.model), trace(self.model, self.inputs)
+        dense, sites = shell(self.model), rehearsed_sites(self.model, self.inputs)
         bound = parse_group(self.group) if isinstance(self.group, str) else self.group
         chosen = eligible(sites, **rules)
         names = [site.name for site in chosen.free]

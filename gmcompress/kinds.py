@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
@@ -30,6 +31,18 @@ LAYOUTS: dict[type[nn.Module] | str, dict[str, str]] = {
         ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), "oi"
     ),
     "transformers.pytorch_utils.Conv1D": {"weight": "io"},
+}
+# the matrices of all experts of a layer in one parameter (experts, outputs, inputs), as transformers names the classes
+EXPERTS = re.compile(r"transformers\.models\.\w+\.modeling_\w+\.\w*Experts")
+FUSED = dict.fromkeys(("gate_up_proj", "up_proj", "down_proj", "weight"), "ooi")
+LAYOUTS |= {  # those of these have (experts, inputs, outputs)
+    f"transformers.models.{each}": dict.fromkeys(("gate_up_proj", "down_proj"), "oio")
+    for each in (
+        "aria.modeling_aria.AriaExperts",
+        "gpt_oss.modeling_gpt_oss.GptOssExperts",
+        "llama4.modeling_llama4.Llama4TextExperts",
+        "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts",
+    )
 }
 REGISTERED: set[type[nn.Module]] = set()
 
@@ -127,6 +140,7 @@ def layouts_of(cls: type[nn.Module]) -> dict[str, str]:
     """The layouts of a class's matrices by name of the parameter, inherited ones included."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
+        found |= FUSED if EXPERTS.fullmatch(kind_of(base)) else {}
         found |= LAYOUTS.get(kind_of(base), {}) | LAYOUTS.get(base, {})
     return found
 

@@ -163,10 +163,11 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
+def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int | None]:
     """Multiply-adds of one forward pass: by formula over the layers, and half of what FlopCounterMode counts.
 
     The two agree where all products happen in layers; attention products and functional calls make the second larger.
+    It is None where the model does not run while being counted, as one that takes gradients of its own does not.
     """
     total = 0
 
@@ -177,12 +178,17 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
 
     handles = [each.register_forward_hook(add) for each in model.modules() if is_counted(each)]
     try:
-        with FlopCounterMode(display=False) as counter:
+        try:
+            with FlopCounterMode(display=False) as counter:
+                run(model, inputs)
+            counted: int | None = counter.get_total_flops() // 2
+        except GMError:
+            total, counted = 0, None
             run(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return total, counter.get_total_flops() // 2
+    return total, counted
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -243,6 +249,8 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
 def _positions(layer: nn.Module, output: Tensor, given: Tensor | None) -> int:
     """How often a layer applied its weight in one call: numbers of output over rows, of input if transposed."""
     shape = _weight_shape(layer)
+    if not prod(shape):
+        return 0
     if isinstance(layer, _TRANSPOSED):
         return 0 if given is None else given.numel() // shape[0]
     by_name = not isinstance(layer, _COUNTED)  # which lies (columns, rows)
@@ -275,7 +283,7 @@ def _appliers(model: nn.Module, name: str) -> list[nn.Module]:
     weight = module._parameters.get(key)
     if key != "weight" or weight is None:
         return [module] if key == "weight" and is_counted(module) else []
-    return [each for each in model.modules() if each._parameters.get(key) is weight and is_counted(each)]
+    return [each for each in model.modules() if is_counted(each) and each._parameters.get(key) is weight]
 
 
 def expansion_macs(structure: Structure, shape: tuple[int, ...]) -> int:

@@ -25,9 +25,10 @@ from .metrics import measure_together
 from .planning import Override, Plan, Rule, Rules, choose
 from .projection import Fit, fitted_distance, relative_error, svd_error
 from .reconstruction import Reconstruction
+from .rehearsal import rehearsed_sites
 from .reporting import Report, Result
 from .structure import distance, expand
-from .surgery import Inputs, check_model, conv_groups_of, describe, find_weight, read_weight, run, shell, trace
+from .surgery import Inputs, check_model, conv_groups_of, describe, find_weight, read_weight, run, shell
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
@@ -70,7 +71,7 @@ def make_plan(
         return allocate(job.table(rules, job.notes(checkpoint, "table", rules), [budgets]), budgets)
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
-    sites = trace(model, job.inputs)
+    sites = rehearsed_sites(model, job.inputs)
     total = sum(each.numel() for each in model.parameters())
     return choose(sites, group, model_parameters=total, rank=rank, residual=residual, **rules)
 
@@ -281,17 +282,24 @@ def _row(model: nn.Module, name: str, fit: Fit) -> dict[str, Any]:
 
 
 def check_outputs(expected: Any, found: Any) -> None:
-    """The same nesting and shapes of outputs, all finite where they were.
+    """The same nesting of outputs, tensors of as many axes, all finite where they were.
+
+    Sizes may differ: a detector returns as many boxes as it finds, and speech is as long as the words take.
 
     Raises:
         GMError: they differ, so that the compressed model could not take the place of the dense one.
     """
     (old, old_form), (new, new_form) = tree_flatten(expected), tree_flatten(found)
-    if old_form != new_form or describe(old) != describe(new):
+    if old_form != new_form or _axes(old) != _axes(new):
         raise GMError(f"the compressed model returns {describe(new)} where the dense one returned {describe(old)}")
     for before, after in zip(old, new, strict=True):
         if isinstance(before, Tensor) and torch.isfinite(before).all() and not torch.isfinite(after).all():
             raise GMError("the compressed model's outputs are not finite on the inputs given; try a larger rank")
+
+
+def _axes(leaves: Iterable[Any]) -> list[Any]:
+    """Of every tensor the number of axes, of anything else the type."""
+    return [each.dim() if isinstance(each, Tensor) else type(each) for each in leaves]
 
 
 def model_name(model: nn.Module) -> str:

@@ -21,10 +21,23 @@ from torch.utils._pytree import tree_leaves
 
 from .attaching import CHILD, empty, exchange, structured
 from .errors import GMError, nearest_names, shown
-from .files import file_digest, new_folder, read_json, read_tensors, sealed, unsealed, usable, write_json, write_tensors
+from .files import (
+    file_digest,
+    new_folder,
+    parse_json,
+    read_json,
+    read_tensors,
+    sealed,
+    unsealed,
+    usable,
+    write_json,
+    write_tensors,
+)
+from .layers import GMWeight
+from .nesting import ROOT, by_name, nested, settings_text
 from .planning import Plan
 from .reporting import Result
-from .surgery import Inputs, check_model, find_weight, run, shell
+from .surgery import Inputs, check_model, find_weight, run_seeded, shell
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CHECK = "gmcompress.json", "model.safetensors", "check.safetensors"
@@ -72,11 +85,11 @@ def save(
         "plan": None if plan is None else plan.to_dict(),
         "dtypes": {name: str(each.dtype).removeprefix("torch.") for name, each in tensors.items()},
         "aliases": aliases,
-        "check": sorted(name for name in pair if name.startswith("input")),
+        "check": settings_text({name: each for name, each in pair.items() if name.startswith(ROOT)}),
     }
     with new_folder(place) as beside:
         write_tensors(beside / WEIGHTS, tensors)
-        write_tensors(beside / CHECK, pair)
+        write_tensors(beside / CHECK, {name: each for name, each in pair.items() if isinstance(each, Tensor)})
         content["digests"] = {name: file_digest(beside / name) for name in (WEIGHTS, CHECK)}
         write_json(beside / DESCRIPTION, sealed(content))
 
@@ -160,52 +173,34 @@ def _example(model: nn.Module) -> Tensor | None:
     return torch.randn(1, *size, generator=generator).to(device=first.device, dtype=first.dtype)
 
 
-def _pair(model: nn.Module, inputs: Inputs | None) -> dict[str, Tensor]:
+def _pair(model: nn.Module, inputs: Inputs | None) -> dict[str, Any]:
     """Example inputs, cut down to one sample where the model runs on that, and the outputs they give."""
     if inputs is None:
         return {}
-    named = _named(inputs)
-    sizes = {each.shape[0] if each.dim() else None for each in named.values()}
+    named = by_name(list(inputs) if isinstance(inputs, tuple) else inputs)
+    sizes = {each.shape[0] if each.dim() else None for each in named.values() if isinstance(each, Tensor)}
     ready = shell(model)
     if len(sizes) == 1 and None not in sizes:
         try:
-            return _run_pair(ready, {key: value[:1].clone() for key, value in named.items()})
+            first = {key: value[:1].clone() if isinstance(value, Tensor) else value for key, value in named.items()}
+            return _run_pair(ready, first)
         except GMError:
             pass  # a model bound to its batch size is checked on the whole batch
     return _run_pair(ready, named)
 
 
-def _run_pair(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    outputs = _tensors(run(model, _unnamed(named)))
-    return {key: each.detach().clone() for key, each in named.items()} | {
-        f"output.{index:04d}": each.detach().clone() for index, each in enumerate(outputs)
-    }
+def _run_pair(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: each.detach().clone() if isinstance(each, Tensor) else each for key, each in named.items()}
+    outputs = _tensors(run_seeded(model, _unnamed(named)))
+    return given | {f"output.{index:04d}": each.detach().clone() for index, each in enumerate(outputs)}
+
+
+def _unnamed(named: Mapping[str, Any]) -> Inputs:
+    return nested({name.removeprefix(ROOT): each for name, each in named.items()})
 
 
 def _tensors(output: Any) -> list[Tensor]:
     return [each for each in tree_leaves(output) if isinstance(each, Tensor)]
-
-
-def _named(inputs: Inputs) -> dict[str, Tensor]:
-    """Inputs as tensors by name: "input", "input.0000", ... or "input:key"."""
-    if isinstance(inputs, Tensor):
-        return {"input": inputs}
-    if isinstance(inputs, Mapping):
-        named = {f"input:{key}": value for key, value in inputs.items()}
-    else:
-        named = {f"input.{index:04d}": value for index, value in enumerate(inputs)}
-    for key, value in named.items():
-        if not isinstance(value, Tensor):
-            raise GMError(f"example inputs to be saved must be tensors, but {key} is {type(value).__name__}")
-    return named
-
-
-def _unnamed(named: Mapping[str, Tensor]) -> Inputs:
-    if "input" in named:
-        return named["input"]
-    if all(key.startswith("input:") for key in named):
-        return {key.removeprefix("input:"): value for key, value in named.items()}
-    return [named[key] for key in sorted(named)]
 
 
 def _built(source: Any, place: Path) -> nn.Module:
@@ -239,7 +234,10 @@ def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, 
             key = find_weight(dense, name)[1]
             path = name if key == "weight" else name.rpartition(".")[0]
             child = f"{path}.{CHILD}{key}." if path else f"{CHILD}{key}."
-            made[name] = empty(dense, name, text, replaced=not any(each.startswith(child) for each in tensors))
+            layer = empty(dense, name, text, replaced=not any(each.startswith(child) for each in tensors))
+            if isinstance(layer, GMWeight):  # which row was zero is not a matter of the weights that the model has now
+                layer.zero_row = tensors.get(child + "zero_row")
+            made[name] = layer
         return exchange(dense, made)
     except GMError as problem:
         raise GMError(f"{place} was saved from another model: {problem}") from None
@@ -279,9 +277,13 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
     if not inputs:
         return
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    if any(name not in pair for name in inputs):
-        raise GMError(f"{place / CHECK} lacks inputs that {DESCRIPTION} names")
-    found = _tensors(run(shell(model), _unnamed({name: pair[name].to(device) for name in inputs})))
+    named: dict[str, Any] = {}
+    for text in inputs:
+        name, is_setting, value = text.partition("=")
+        if not is_setting and name not in pair:
+            raise GMError(f"{place / CHECK} lacks inputs that {DESCRIPTION} names")
+        named[name] = parse_json(value, text[:80]) if is_setting else pair[name].to(device)
+    found = _tensors(run_seeded(shell(model), _unnamed(named)))
     wanted = [pair[name] for name in sorted(pair) if name.startswith("output.")]
     if [each.shape for each in found] != [each.shape for each in wanted]:
         raise GMError(
@@ -290,14 +292,23 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
     for new, old in zip(found, wanted, strict=True):
         if new.is_complex() != old.is_complex():
             raise GMError(f"{place}: the loaded model's outputs are of {new.dtype}, the saved one's of {old.dtype}")
-        wide = torch.complex128 if new.is_complex() else torch.float64
-        new, old = new.detach().cpu().to(wide), old.to(wide)
-        scale = max(float(old.abs().max()) if old.numel() else 0.0, 1e-12)
-        worst = float((new - old).abs().max()) / scale if old.numel() else 0.0
-        exact = not (wanted[0].is_floating_point() or wanted[0].is_complex())
-        limit = 0.0 if exact else math.sqrt(torch.finfo(wanted[0].dtype).eps)
+        worst, limit = _difference(new.detach().cpu(), old)
         if not worst <= limit:
             raise GMError(
                 f"{place}: on the stored inputs the loaded model's outputs differ by {worst:.2g} of their size "
                 f"(tolerance {limit:.2g}); the model passed is not the one that was saved"
             )
+
+
+def _difference(new: Tensor, old: Tensor) -> tuple[float, float]:
+    """By how much of its size a tensor differs, where not both are infinite or NaN alike, and what its dtype allows."""
+    exact = not (old.is_floating_point() or old.is_complex())
+    wide = torch.complex128 if old.is_complex() else torch.float64
+    limit = 0.0 if exact else math.sqrt(torch.finfo(old.dtype).eps)
+    finite = torch.isfinite(old)
+    if not torch.equal(finite, torch.isfinite(new)) or not torch.equal(new[~finite].isnan(), old[~finite].isnan()):
+        return math.inf, limit
+    new, old = new[finite].to(wide), old[finite].to(wide)
+    if not old.numel():
+        return 0.0, limit
+    return float((new - old).abs().max()) / max(float(old.abs().max()), 1e-12), limit

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
 
-from .errors import GMError, nearest_names
+from .copies import duplicate
+from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -33,7 +34,7 @@ WRAPPERS = {
     "ModelEmaV2": ".module",
     "ModelEmaV3": ".module",
 }
-
+HARMLESS = ("DataParallel", "OptimizedModule")  # around a part of a model
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TIED_HEAD = "output embedding"  # the role of an embedding that is the output head too
@@ -94,14 +95,13 @@ def check_model(model: nn.Module, *, meta: bool = False) -> None:
     if not isinstance(model, nn.Module):
         raise GMError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
-        attribute = WRAPPERS.get(type(module).__name__)
-        if attribute:
+        wrapper = type(module).__name__
+        if wrapper in WRAPPERS and (not name or wrapper not in HARMLESS):
             where = f"its part {name!r}" if name else "the model"
-            raise GMError(f"{where} is wrapped in {type(module).__name__}; unwrap it first: pass model{attribute}")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise GMError(
-                f"the model holds a scripted module ({name or 'the root'}); pass the nn.Module it was made from"
-            )
+            unwrapped = f"put its {WRAPPERS[wrapper]} in its place" if name else f"pass model{WRAPPERS[wrapper]}"
+            raise GMError(f"{where} is wrapped in {wrapper}; unwrap it first: {unwrapped}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GMError("the model is scripted; pass the nn.Module it was made from")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise GMError(f"{name!r} is not initialised yet; run the model once before")
@@ -124,19 +124,6 @@ def shell(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:  # whose run changes it
             memo |= {id(each): nn.Parameter(each.detach().clone(), False) for each in module.parameters()}
     return duplicate(model, memo).eval()
-
-
-def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy in which every object in `memo`, by id, stands for what the memo holds."""
-    computed = (each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor))
-    # pruning keeps one, computed anew at every call, in place of a parameter
-    leaves = {id(each): each.detach().clone() for each in computed if each.grad_fn is not None}
-    try:
-        return copy.deepcopy(model, leaves | memo)
-    except Exception as problem:
-        raise GMError(
-            f"this {type(model).__name__} cannot be copied ({problem}); inplace=True works without"
-        ) from problem
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -173,12 +160,19 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         GMError: the model does not accept the inputs.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each copy would be compiled anew
             return call(model, inputs)
     except Exception as problem:
         what = f"{type(model).__name__} does not run on inputs of shape {describe(inputs)}"
-        said = str(problem).strip().split("\n")[0]
-        raise GMError(f"{what}: {type(problem).__name__}: {said}") from problem
+        raise GMError(f"{what}: {said(problem)}") from problem
+
+
+def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
+    """One run in which random numbers are the same each time, and which leaves the caller's stream of them alone."""
+    devices = {each.device for each in model.parameters() if each.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)
+        return run(model, inputs)
 
 
 def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
@@ -217,7 +211,7 @@ def holders(model: nn.Module) -> list[list[Holder]]:
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):  # its module holds what is computed from these
             continue
-        check_registered(module, {*module._parameters, *_computed(module)})
+        check_registered(module, {*module._parameters.keys(), *_computed(module)})  # keys: those of a scripted one
         held = {key: each for key, each in module._parameters.items() if each is not None}
         if parametrize.is_parametrized(module):
             held |= {key: _parametrized(module, key) for key in module.parametrizations}
@@ -337,10 +331,16 @@ def _calls_by_run(model: nn.Module, inputs: Inputs) -> Counter[str]:
     """How often each module runs, in order of first call, seen by hooks on a shell of the model."""
     calls: Counter[str] = Counter()
     watched = shell(model)
-    for name, module in watched.named_modules():
-        module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name]))
+    count_calls(watched, calls)
     run(watched, inputs)
     return calls
+
+
+def count_calls(model: nn.Module, calls: Counter[str]) -> None:
+    """Count the calls of every module by name from now on, in order of the first; scripted ones take no hook."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name]))
 
 
 class _Tracer(fx.Tracer):
@@ -390,6 +390,8 @@ def _obstacle(holder: Holder) -> str:
     source = key.rpartition("_")[0]
     if isinstance(vars(module).get(source), Tensor):
         return f"{source} is computed from it by weight_norm, spectral_norm or pruning; remove that first"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "its module is scripted, whose code is fixed"
     if isinstance(module, nn.RNNBase):
         return f"{name} hands its weights to torch as one flat list, in which none can be replaced"
     if view_of(module, key, parameter) is None:

@@ -11,14 +11,15 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "liegrids"),
+    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "nesting"),
     ("fourier", "fewrows"),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "calibration", "rules", "separation", "stencils"),
     ("products",),
     ("fitting", "layers", "groupconv", "lattice", "lieconv"),
     ("projection", "attaching", "pooling", "homogeneous", "separables"),
-    ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity", "networks", "commutator"),
+    ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity"),
+    ("networks", "commutator", "rehearsal"),
     ("reporting", "reconstruction", "blocks"),
     ("allocation", "freezing"),
     ("jobs",),

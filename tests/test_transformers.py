@@ -9,6 +9,7 @@ from conftest import assert_close
 
 import gmcompress as gm
 from gmcompress.attaching import structured
+from gmcompress.kinds import layouts_of
 
 TOKENS = 40
 
@@ -61,10 +62,31 @@ def gpt2():
     )
 
 
+def mixtral():
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=TOKENS,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            max_position_embeddings=32,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+    model.set_experts_implementation("eager")  # the other one knows no float64
+    return model
+
+
 MODELS = {
     "bert": (bert, {"budget": "70%"}),
     "llama": (lambda: llama(tied=False), {"budget": "70%"}),
     "llama, tied": (lambda: llama(tied=True), {"budget": "70%"}),
+    "mixtral": (mixtral, {"budget": "50%"}),
     "gpt2": (gpt2, {"budget": "97%", "include": "lm_head"}),
 }
 
@@ -139,3 +161,13 @@ def test_gradients_reach_every_factor(subject):
         for each in model.parameters():
             each.sub_(each.grad if each.grad is not None else 0, alpha=1e-3)
     assert not torch.equal(model.eval()(**batch()).logits, result.model(**batch()).logits)
+
+
+def test_the_matrices_of_all_experts_are_one():
+    """Found by the name of the class, in both orders of the axes."""
+    sites = {site.name: site for site in gm.trace(build("mixtral"), batch())}
+    experts = sites["model.layers.0.mlp.experts.gate_up_proj"]
+    assert (experts.shape, experts.obstacle) == ((4 * 2 * 64, 32), "")
+    turned = transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts
+    assert layouts_of(turned)["down_proj"] == "oio"
+    assert layouts_of(transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter) == {}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import hazards_zoo
 import kinds_zoo
 import timm
 import torch
@@ -196,4 +197,4 @@ MODELS = {
     ),
 }
 
-MODELS |= {name: Exhibit(*each) for name, each in kinds_zoo.MODELS.items()}
+MODELS |= {name: Exhibit(*each) for name, each in (kinds_zoo.MODELS | hazards_zoo.MODELS).items()}

@@ -57,7 +57,7 @@ class GMLayer(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not that of Linear or Conv2d, which would make a weight of its own
         self.structure = structure
         self.weight_shape = shape
         self.path: Path = "dense"

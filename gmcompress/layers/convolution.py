@@ -16,7 +16,7 @@ from ..structure import Structure
 from .base import GMLayer, filled
 
 
-class GMConv2d(GMLayer):
+class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc, override]
     """A convolution whose channel matrices, one for each tap, are made of group matrices; drop-in for `nn.Conv2d`.
 
     The group acts on the channels; the taps are carried along, or acted upon where the structure says so, as in
@@ -77,7 +77,7 @@ class GMConv2d(GMLayer):
         self.padding = twin.padding
         self.dilation = twin.dilation
         self.groups = groups
-        self.padding_mode = padding_mode
+        self.padding_mode = twin.padding_mode
         self.transposed = False
         self.output_padding = (0, 0)
         self._reversed_padding_repeated_twice = twin._reversed_padding_repeated_twice

@@ -17,8 +17,9 @@ class GMWeight(GMLayer):
     """The structured weight of any other module, called without arguments for the dense parameter that it stands for.
 
     `shape` is that of the parameter, `layout` has a letter for each of its axes as in `gmcompress.register`, `groups`
-    are convolution groups. `.weight` is the matrix, (rows, columns, *taps). It is attached to its module, which goes on
-    as before, by `gmcompress.attaching`.
+    are convolution groups, `zero_row` is one that stays zero in the parameter, as that of an embedding's padding does.
+    `.weight` is the matrix, (rows, columns, *taps). It is attached to its module, which goes on as before, by
+    `gmcompress.attaching`.
 
     Raises:
         GMError: the matrix has not the shape that the structure needs.
@@ -37,12 +38,15 @@ class GMWeight(GMLayer):
         *,
         layout: str = "oi",
         groups: int = 1,
+        zero_row: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self_view = View(layout, tuple(shape), groups)
         super().__init__(Structure.parse(structure), self_view.matrix_shape, bias=False, device=device, dtype=dtype)
         self.view = self_view
+        self.zero_row: Tensor | None
+        self.register_buffer("zero_row", None if zero_row is None else torch.tensor(zero_row, device=device))
 
     def __repr__(self) -> str:
         options = f", layout={self.view.letters!r}" if self.view.letters != "oi" else ""
@@ -54,7 +58,10 @@ class GMWeight(GMLayer):
         return self._dense()
 
     def _computed(self) -> Tensor:
-        return self.view.parameter(self.weight)
+        found = self.view.parameter(self.weight)
+        if self.zero_row is None:
+            return found
+        return found.masked_fill(torch.arange(len(found), device=found.device)[:, None] == self.zero_row, 0)
 
     def why_slow(self) -> str | None:
         """Why there is no fast product: the one that uses the weight is not of this package."""
@@ -62,9 +69,11 @@ class GMWeight(GMLayer):
 
     @classmethod
     @torch.no_grad()
-    def like(cls, parameter: Tensor, view: View, structure: Structure | Group | str) -> GMWeight:
+    def like(
+        cls, parameter: Tensor, view: View, structure: Structure | Group | str, *, zero_row: int | None = None
+    ) -> GMWeight:
         """An empty structured weight with the device, dtype and frozen flag of a parameter."""
-        options: dict[str, Any] = {"layout": view.letters, "groups": view.groups}
+        options: dict[str, Any] = {"layout": view.letters, "groups": view.groups, "zero_row": zero_row}
         options |= {"device": parameter.device, "dtype": parameter.dtype}
         with kept_random(parameter):
             made = cls(view.shape, structure, **options)

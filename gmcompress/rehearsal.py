@@ -1,0 +1,163 @@
+"""Rehearse a compression: which weights the model's code takes computed, found by running it with all of them so.
+
+A model may ask for the very type of a layer, unpack its parameters, write into them or keep them elsewhere. So before
+anything is planned the weights are changed, once where they are, and once as structured weights of the trivial group,
+which hold any matrix. Where the second model does not run, or computes something else, a layer has to stay dense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .attaching import empty, exchange
+from .copies import duplicate
+from .errors import GMError, said
+from .layers import GMLayer, GMWeight
+from .surgery import Inputs, Site, describe, find_weight, read_weight, run_seeded, trace, write_weight
+
+ANY = "C1"  # the group whose matrices are all matrices
+RUNS = 60  # of a model that refuses some weights, at most; those that are not sorted by then stay dense
+REFUSED = "the model's code does not take a computed weight here: "
+ELSEWHERE = "with a computed weight here the model's outputs change, so its code gets at the weight on a way of its own"
+
+
+def rehearsed_sites(model: nn.Module, inputs: Inputs | None) -> tuple[Site, ...]:
+    """The sites of `trace`, with an obstacle where the model does not run with a computed weight as with a dense one.
+
+    Without inputs there is no rehearsal.
+
+    Raises:
+        GMError: as `trace`.
+
+    >>> class Picky(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.free, self.picky = nn.Linear(4, 4), nn.Linear(4, 4)
+    ...     def forward(self, x):
+    ...         assert type(self.picky) is nn.Linear
+    ...         return self.picky(self.free(x))
+    >>> [(site.name, site.obstacle) for site in rehearsed_sites(Picky(), torch.ones(2, 4))]
+    [('free', ''), ('picky', "the model's code does not take a computed weight here: AssertionError")]
+    """
+    sites = trace(model, inputs)
+    names = [site.name for site in sites if not site.obstacle]
+    if inputs is None or not names:
+        return sites
+    rehearsal = _Rehearsal.of(model, inputs, names)
+    rehearsal.take(names)
+    return tuple(changed(site, obstacle=rehearsal.refused.get(site.name, site.obstacle)) for site in sites)
+
+
+@dataclass
+class _Rehearsal:
+    """A model, a copy in which all weights are changed, what that computes, and what was found out so far."""
+
+    model: nn.Module
+    twin: nn.Module
+    inputs: Inputs
+    expected: Any
+    repeats: bool  # whether a second run of the twin gives the same
+    taken: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    runs: int = 0
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, inputs: Inputs, names: Sequence[str]) -> _Rehearsal:
+        twin = duplicate(model, {}).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for name in names:
+            weight = read_weight(twin, name)
+            assert weight is not None, "a site without an obstacle holds a matrix"
+            factors = 0.5 + torch.rand(weight.shape, generator=generator)
+            write_weight(twin, name, weight * factors.to(weight))
+        # runs of copies, since a model may write into its weights
+        expected, again = (run_seeded(duplicate(twin, {}), inputs) for _ in range(2))
+        return cls(model, twin, inputs, expected, agree(expected, again))
+
+    def take(self, names: Sequence[str]) -> None:
+        """Sort weights into those that the model takes computed, beside the ones taken before, and the others."""
+        if self.runs == RUNS:
+            self.refused |= dict.fromkeys(names, f"{REFUSED}nor does it take most others")
+            return
+        problem = self._problem([*self.taken, *names])
+        if not problem:
+            self.taken += names
+        elif len(names) == 1:
+            self.refused[names[0]] = problem
+        else:
+            self.take(names[: len(names) // 2])
+            self.take(names[len(names) // 2 :])
+
+    def _problem(self, names: Sequence[str]) -> str:
+        """What happens when these weights are computed and the others are dense; "" where nothing does."""
+        self.runs += 1
+        try:
+            small = self._computed(names)
+        except GMError as problem:  # of a class that can have no subclass
+            return str(problem)
+        try:
+            found = run_seeded(small, self.inputs)
+        except GMError as problem:
+            return REFUSED + said(problem.__cause__ or problem)
+        return "" if not self.repeats or agree(found, self.expected) else ELSEWHERE
+
+    def _computed(self, names: Sequence[str]) -> nn.Module:
+        """The model with these weights computed and changed, and all others changed.
+
+        What is reached otherwise than through the modules is not changed, by which that is found out.
+        """
+        kept = {id(_parameter(self.model, name)) for name in names}
+        pairs = zip(self.model.parameters(), self.twin.parameters(), strict=True)
+        memo = {id(old): nn.Parameter((old if id(old) in kept else new).detach(), False) for old, new in pairs}
+        copied = duplicate(self.model, memo).eval()
+        return exchange(copied, {name: self._stand_in(copied, name) for name in names})
+
+    def _stand_in(self, copied: nn.Module, name: str) -> GMLayer:
+        layer, weight = empty(copied, name, ANY), read_weight(self.twin, name)
+        assert weight is not None
+        assert isinstance(layer.kernel, Tensor)
+        layer.kernel = nn.Parameter(weight.reshape(layer.kernel.shape), requires_grad=False)
+        if not isinstance(layer, GMWeight):
+            layer.register_parameter("bias", find_weight(copied, name)[0]._parameters["bias"])
+        return layer.eval()
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor:
+    module, key = find_weight(model, name)
+    return module.get_parameter(key)
+
+
+def agree(found: Any, expected: Any) -> bool:
+    """Whether outputs have one nesting and one set of shapes, and are equal up to rounding.
+
+    >>> agree({"y": torch.ones(2)}, {"y": torch.ones(2)}), agree([torch.ones(2)], [torch.zeros(2)])
+    (True, False)
+    """
+    (new, new_form), (old, old_form) = tree_flatten(found), tree_flatten(expected)
+    if new_form != old_form or describe(new) != describe(old):
+        return False
+    return all(
+        _near(a.detach(), b.detach())
+        for a, b in zip(new, old, strict=True)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+    )
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    if found.dtype != expected.dtype or found.layout is not torch.strided or not expected.dtype.is_floating_point:
+        return found.dtype == expected.dtype  # labels and the like, which follow from the rest
+    finite = torch.isfinite(expected)
+    if not finite.any():
+        return True
+    wide = expected.double()[finite]
+    allowed = min(0.1, 10 * math.sqrt(torch.finfo(expected.dtype).eps)) * float(wide.abs().max())
+    return bool(((found.double()[finite] - wide).abs() <= allowed).all())

@@ -1,0 +1,176 @@
+"""Weights that a model's code does not take computed stay dense, with a reason; the rest is compressed."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import zoo
+from conftest import assert_close, must_fail
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import gmcompress as gm
+from gmcompress.copies import duplicate
+from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, agree, rehearsed_sites
+from gmcompress.surgery import run, trace
+
+
+class Model(nn.Module):
+    """Two layers and a head; the first is used as each of the tests says."""
+
+    def __init__(self, use, layer=nn.Linear):
+        super().__init__()
+        self.picky, self.free, self.head = layer(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.use = use
+        self.aside = [self.picky.weight]
+        self.bound = functools.partial(F.linear, weight=self.picky.weight)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.free(torch.tanh(self.use(self, x)))))
+
+
+class SelfAware(nn.Linear):
+    def forward(self, x):
+        assert type(self).__name__ == "SelfAware"
+        return super().forward(x)
+
+
+class Limited(nn.Linear):
+    """A weight of limited norm, as the layers of networks for electroencephalograms have."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+        return super().forward(x)
+
+
+class Closed(nn.Linear):
+    def __init_subclass__(cls, *, name):
+        cls.name = name
+
+
+def asks_for_the_type(self, x):
+    assert type(self.picky) is nn.Linear
+    return self.picky(x)
+
+
+def unpacks(self, x):
+    weight, bias = self.picky.parameters()
+    return F.linear(x, weight, bias)
+
+
+def called(self, x):
+    return self.picky(x)
+
+
+HAZARDS = {
+    "type": (Model, (asks_for_the_type,), REFUSED + "AssertionError"),
+    "unpacked": (Model, (unpacks,), REFUSED),
+    "state dict": (Model, (lambda self, x: F.linear(x, self.picky.state_dict()["weight"]),), REFUSED + "KeyError"),
+    "parameter": (Model, (lambda self, x: F.linear(x, self.picky._parameters["weight"]),), REFUSED + "KeyError"),
+    "kept aside": (Model, (lambda self, x: F.linear(x, self.aside[0]),), ELSEWHERE),
+    "bound": (Model, (lambda self, x: self.bound(x),), ELSEWHERE),
+    "own name": (Model, (called, SelfAware), REFUSED + "AssertionError"),
+    "limited": (Model, (called, Limited), ELSEWHERE),
+    "no subclass": (Model, (called, Closed), "cannot compute its weight"),
+}
+
+
+@pytest.mark.parametrize("way", [{"rank": 1}, {"budget": "85%"}], ids=["rank", "budget"])
+@pytest.mark.parametrize("name", HAZARDS)
+def test_what_is_refused_stays_dense_and_the_rest_does_not(name, way, tmp_path):
+    cls, arguments, reason = HAZARDS[name]
+    torch.manual_seed(0)
+    model, x = cls(*arguments).eval(), torch.randn(4, 8)
+    run(model, x)  # which limits a weight once and for all
+    before = {key: each.clone() for key, each in model.state_dict().items()}
+    result = gm.compress(model, "C4", inputs=x, **way)
+    assert list(result.plan.layers) == ["free"]
+    assert reason in result.plan.skipped["picky"]
+    assert all(torch.equal(each, before[key]) for key, each in model.state_dict().items())
+    assert_close(run(gm.densify(result.model), x), run(result.model, x), slack=10)
+    must_fail(assert_close, run(model, x), run(result.model, x))
+    gm.save(result, tmp_path / "small")
+    assert_close(run(gm.load(tmp_path / "small", cls(*arguments)), x), run(result.model, x))
+    assert gm.doctor(model, x, "C4").works
+    assert not rehearsed_sites(model, None)[0].obstacle, "without inputs nothing is known of it"
+
+
+def test_nothing_is_refused_without_a_reason():
+    for name in ("mlp", "tied", "two names", "convolutions", "attention", "hooked", "closes over", "bfloat16"):
+        model, inputs = zoo.MODELS[name].build(), zoo.MODELS[name].inputs()
+        assert rehearsed_sites(model, inputs) == trace(model, inputs)
+
+
+def test_models_that_draw_numbers_or_keep_a_memory_are_not_taken_for_others():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.seed = nn.Linear(8, 8), nn.Linear(8, 3), 0
+
+        def forward(self, x):
+            Draws.calls += 1  # of all copies, so that no two runs are alike
+            return self.head(self.body(x) + torch.randn(8) + Draws.calls)
+
+    Draws.calls = 0
+    assert not any(site.obstacle for site in rehearsed_sites(Draws(), torch.ones(2, 8)))
+
+
+def test_a_model_that_refuses_all_is_not_run_for_ever():
+    class Refuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps, self.runs = nn.ModuleList(nn.Linear(4, 4) for _ in range(60)), 0
+
+        def forward(self, x):
+            Refuses.runs += 1
+            for each in self.steps:
+                assert type(each) is nn.Linear
+                x = each(x)
+            return x
+
+    Refuses.runs = 0
+    sites = rehearsed_sites(Refuses(), torch.ones(1, 4))
+    assert all(site.obstacle.startswith(REFUSED) for site in sites)
+    assert Refuses.runs <= RUNS + 3
+
+
+def test_agreement():
+    ones = torch.ones(2)
+    assert agree({"a": [ones], "b": None}, {"a": [ones + 1e-7], "b": None})
+    assert agree([ones, torch.tensor([1, 2])], [ones, torch.tensor([1, 3])]), "labels follow from the rest"
+    assert agree([torch.tensor([1.0, float("-inf")])], [torch.tensor([1.0, float("-inf")])])
+    for other in ([ones + 0.1], (ones,), [ones, ones], [ones.double()], [torch.ones(3)], [ones * float("nan")]):
+        assert not agree(other, [ones])
+
+
+def test_copies_follow_what_functions_close_over():
+    model = zoo.MODELS["closes over"].build().eval()
+    copied, x = duplicate(model, {}), torch.ones(2, 8)
+    expected = run(copied, x)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.zero_()
+    assert torch.equal(run(copied, x), expected)
+    assert not run(model, x).any()
+
+    def plain():
+        return 1
+
+    def own(times):
+        return own(times - 1) if times else model
+
+    model.plain, model.own = plain, own
+    assert duplicate(model, {}).plain is plain
+    copied = duplicate(model, {})
+    assert copied.own is not own
+
+
+def test_copies_of_graph_modules_stay_in_evaluation():
+    model = create_feature_extractor(zoo.mlp(), {"2": "hidden"}).eval()
+    assert not any(module.training for module in duplicate(model, {}).modules())
+    assert all(module.training for module in duplicate(model.train(), {}).modules())
+    x = torch.randn(4, 8)
+    result = gm.compress(model.eval(), "C4", rank=1, inputs=x, include="*")
+    assert not result.model.training
+    assert_close(run(gm.densify(result.model), x)["hidden"], run(result.model, x)["hidden"])
