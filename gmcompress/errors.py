@@ -44,7 +44,7 @@ def nearest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:
 def said(problem: BaseException) -> str:
     """What an exception says, in a line.
 
-    >>> said(ValueError("no\nand no again")), said(AssertionError())
+    >>> said(ValueError("no\\nand no again")), said(AssertionError())
     ('ValueError: no', 'AssertionError')
     """
     first = str(problem).strip().split("\n")[0]

@@ -42,12 +42,12 @@ def by_name(inputs: Any, *, name: str = ROOT) -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> Any:
-    """What `by_name` took apart.
+    """What `by_name` took apart, from the names without the one given to it.
 
     Raises:
         GMError: the names are no such names.
 
-    >>> nested(by_name({"x": 1, "pair": (2.0, [None])}))
+    >>> nested(by_name({"x": 1, "pair": (2.0, [None])}, name=""))
     {'x': 1, 'pair': (2.0, [None])}
     """
     if list(leaves) == [""]:
