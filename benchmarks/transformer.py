@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from comparison import Bench, add_options, compare, print_tables, recipe_of, shared_facts
 from competitors import Case
 from rich.console import Console
@@ -30,9 +31,11 @@ BATCH = 50  # images in a batch that is judged or calibrated on
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Batches of images without labels, each pass in a new order and half of the images flipped.
+    """Batches of images without labels, each pass in a new order, every image cropped anew and half of them flipped.
 
-    The random numbers are torch's global ones, drawn on the CPU; what does not fill the last batch is left out.
+    A crop is a rectangle, each of its sides drawn from `smallest` to 1 of the image's, brought back to the image's size
+    bilinearly. The random numbers are torch's global ones, drawn on the CPU; what does not fill the last batch is left
+    out.
 
     >>> [len(each) for each in Shuffled(torch.zeros(10, 3, 8, 8), 4)]
     [4, 4]
@@ -40,19 +43,27 @@ class Shuffled:
 
     images: Tensor
     batch_size: int
+    smallest: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.batch_size <= len(self.images):
             raise GMError(f"a batch has from 1 to {len(self.images)} images here, not {self.batch_size}")
+        if not 0 < self.smallest <= 1:
+            raise GMError(f"the smallest side of a crop is a share of the image's, not {self.smallest}")
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[Tensor]:  # (batch, 3, height, width)
         for chosen in torch.randperm(len(self.images))[: len(self) * self.batch_size].split(self.batch_size):
-            flips = (torch.rand(len(chosen)) < 0.5)[:, None, None, None]
+            sides = self.smallest + (1 - self.smallest) * torch.rand(len(chosen), 2)
+            centres = (2 * torch.rand(len(chosen), 2) - 1) * (1 - sides)
+            flips = torch.where(torch.rand(len(chosen)) < 0.5, -1.0, 1.0)
+            moves = torch.diag_embed(sides * torch.stack([flips, torch.ones_like(flips)], 1))
             batch = self.images[chosen.to(self.images.device)]
-            yield torch.where(flips.to(batch.device), batch.flip(-1), batch)
+            where = torch.cat([moves, centres[:, :, None]], 2).to(batch)
+            grid = F.affine_grid(where, list(batch.shape), align_corners=False)
+            yield F.grid_sample(batch, grid, padding_mode="border", align_corners=False)
 
 
 def load_deit(weights: Path) -> nn.Module:
@@ -106,6 +117,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=int, help="images to calibrate on (default: the whole other half)")
     add("--test-images", type=int, help="judge on so many of the half only")
     add("--batch-size", type=int, default=32)
+    add(
+        "--smallest-crop",
+        type=float,
+        default=0.5,
+        help="smallest side of a crop in training, as a share of the image's",
+    )
     add_options(add, competitors=COMPETITORS, budgets=["75%", "50%"])
     parser.set_defaults(output=Path("transformer.jsonl"))
     return parser.parse_args(arguments)
@@ -134,13 +151,15 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], notes: Path) 
         "arch": ARCH,
         "split_seed": options.split_seed,
         "batch_size": options.batch_size,
+        "smallest_crop": options.smallest_crop,
         "test_images": len(judged),
         **shared_facts(options, recipe, case),
         "command": shown_command("transformer.py", {name: getattr(options, name) for name in PATHS}, arguments),
         **machine(device, amp=options.amp, threads=options.threads),
     }
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    loader, where = Shuffled(unlabelled, options.batch_size), (facts, console, options.output, options.resume)
+    loader = Shuffled(unlabelled, options.batch_size, options.smallest_crop)
+    where = (facts, console, options.output, options.resume)
     return Bench("transformer", case, judge, loader, (), recipe, options.seeds, *where)
 
 

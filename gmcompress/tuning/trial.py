@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GMError
-from .recipe import LONGEST_WARMUP, trial_length
+from .recipe import BATCH_NORMS, LONGEST_WARMUP, trial_length
 from .running import Progress, Run, seed_all
 
 HELD = 8  # batches at most, and at most a quarter of the loader, on which the rates are judged
@@ -51,8 +51,9 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     batches are taken from the loader once and kept (the first 8 of them, or a quarter of the loader, to judge on); in a
     loader with fewer than needed, or where they pass 1 GiB, they recur. A long run bears a larger rate than a short
     one, as it has the time to settle: the one chosen is the largest that lowers the loss at least half as much as the
-    best does. From the middle of the ladder the rates climb as long as that holds; where it does not hold for the first
-    step up, they descend as long as the loss falls.
+    best does, from the loss at the start, with BatchNorm from that after as many steps at rate zero, in which its
+    statistics alone move. From the middle of the ladder the rates climb as long as that holds; where it does not hold
+    for the first step up, they descend as long as the loss falls.
 
     Raises:
         GMError: the loss is finite at none of the rates.
@@ -60,23 +61,24 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     start, length = time.perf_counter(), trial_length(steps, run.recipe)
     seed_all(run.recipe.seed, 0, 1)
     held, trained = _held_batches(run, length)
-    warmup, total = min(run.warmup(steps), LONGEST_WARMUP), len(run.rates) * length
+    moving = any(isinstance(each, BATCH_NORMS) for each in run.plain.modules())
+    warmup, total = min(run.warmup(steps), LONGEST_WARMUP), (moving + len(run.rates)) * length
     found: dict[float, float] = {}
     with run.taken_back() as undo:
 
         def loss_after(rate: float) -> float:
             seed_all(run.recipe.seed, 0, 2)
             run.model.train()
-            for at, batch in enumerate(islice(cycle(trained), length)):
+            for at, batch in enumerate(islice(cycle(trained), length if moving or rate else 0)):
                 loss = run.step(batch, at=at, of=length, peak=rate, warmup=warmup)
                 if progress is not None:
-                    progress(-1, len(found) * length + at + 1, total, loss)
+                    progress(-1, (len(found) + (moving and rate > 0)) * length + at + 1, total, loss)
             run.annealing.set(1.0)
             judged = run.mean(run.loss_on(held, features=1.0) / len(held))
             undo()
             return judged if math.isfinite(judged) else math.inf
 
-        before = run.mean(run.loss_on(held, features=1.0) / len(held))
+        before = loss_after(0.0)
         for rate in climb(run.rates, found, before):
             found[rate] = loss_after(rate)
     best = chosen(found, before)
@@ -107,7 +109,7 @@ def _still_good(loss: float, best: float, start: float) -> bool:
 def climb(
     rates: Sequence[float],  # smallest first
     losses: Mapping[float, float],  # by rate, as far as they are known
-    start: float,  # the loss before the first step
+    start: float,  # the loss at rate zero
 ) -> Iterator[float]:
     """The rates to try; the caller puts the loss of each into `losses` before it asks for the next.
 
