@@ -271,6 +271,8 @@ def test_the_climb(rates, tried):
     [
         ({0.1: 1.0, 0.2: 0.5, 0.4: 0.75}, 1.0, 0.4),  # half of the fall is enough
         ({0.1: 1.0, 0.2: 0.5, 0.4: 0.76}, 1.0, 0.2),
+        ({0.1: 0.99, 0.2: 0.98, 0.4: 1.04}, 1.0, 0.4),  # so little is won back
+        ({0.1: 0.99, 0.2: 0.98, 0.4: 1.06}, 1.0, 0.2),
         ({0.1: 1.2, 0.2: 1.1, 0.4: 1.1}, 1.0, 0.2),  # nothing helps: the least harm, the smaller of equals
         ({0.1: 0.5, 0.2: math.inf}, math.inf, 0.1),
     ],

@@ -17,7 +17,8 @@ from .running import Progress, Run, seed_all
 
 HELD = 8  # batches at most, and at most a quarter of the loader, on which the rates are judged
 HELD_BYTES = 1 << 30  # of the batches that the trial keeps
-GOOD = 0.5  # of the best fall of the loss: what a larger rate must keep
+GOOD = 0.5  # of the best fall of the loss may be missing after the few steps of a larger rate,
+SETTLED = 0.07  # or as much of the loss: the many steps of a whole run win it back
 FIRST_TIMED = 2  # steps before it start workers and caches
 TIMED_SHARE = 0.02  # of the minutes, spent on timing
 TIMED_STEPS = 8  # at least, where the loader has them
@@ -50,10 +51,10 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     All start from the same weights, see the same batches and follow the schedule of the whole run in miniature. The
     batches are taken from the loader once and kept (the first 8 of them, or a quarter of the loader, to judge on); in a
     loader with fewer than needed, or where they pass 1 GiB, they recur. A long run bears a larger rate than a short
-    one, as it has the time to settle: the one chosen is the largest that lowers the loss at least half as much as the
-    best does, from the loss at the start, with BatchNorm from that after as many steps at rate zero, in which its
-    statistics alone move. From the middle of the ladder the rates climb as long as that holds; where it does not hold
-    for the first step up, they descend as long as the loss falls.
+    one, as it has the time to settle: the one chosen is the largest that still lowers the loss half as much as the best
+    does, or ends with at most 7 % more of it. It is lowered from that at the start, with BatchNorm from that after as
+    many steps at rate zero, in which its statistics alone move. From the middle of the ladder the rates climb as long
+    as they are borne; where the first step up is not, they descend as long as the loss falls.
 
     Raises:
         GMError: the loss is finite at none of the rates.
@@ -93,17 +94,18 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
 
 
 def chosen(losses: Mapping[float, float], start: float) -> float:
-    """The largest rate that lowers the loss at least half as much as the best; the best where none lowers it.
+    """The largest rate that a long run bears; the best where none lowers the loss.
 
     >>> chosen({0.1: 7.0, 0.2: 5.0, 0.4: 6.0, 0.8: 8.0}, start=8.0)
     0.4
     """
     best = min(losses, key=lambda rate: (losses[rate], rate))
-    return max([best, *(rate for rate in losses if _still_good(losses[rate], losses[best], start))])
+    return max([best, *(rate for rate in losses if _bearable(losses[rate], losses[best], start))])
 
 
-def _still_good(loss: float, best: float, start: float) -> bool:
-    return loss < start and start - loss >= GOOD * (start - best)
+def _bearable(loss: float, best: float, start: float) -> bool:
+    gain = start - best if math.isfinite(start) else 0.0
+    return best < start and math.isfinite(loss) and loss - best <= max(GOOD * gain, SETTLED * best)
 
 
 def climb(
@@ -122,7 +124,7 @@ def climb(
     middle = len(rates) // 2
     yield rates[middle]
     for below, rate in pairwise(rates[middle:]):
-        if not _still_good(losses[below], min(losses.values()), start):
+        if not _bearable(losses[below], min(losses.values()), start):
             break
         yield rate
     if chosen(losses, start) > rates[middle]:
