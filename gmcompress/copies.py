@@ -28,7 +28,8 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     was_training = {name: module.training for name, module in model.named_modules()}
     for name, module in found.named_modules():
         module.training = was_training.get(name, module.training)  # graph modules are all in training once copied
-        for held in (vars(module), *(each for each in vars(module).values() if isinstance(each, dict))):
+        inside = (each for key, each in vars(module).items() if isinstance(each, dict) and key != "_modules")
+        for held in (vars(module), *inside):  # but for its children: what was put in may hold what it stands for
             held.update({key: _followed(each, leaves) for key, each in held.items() if callable(each)})
     return found
 

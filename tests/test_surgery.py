@@ -133,6 +133,14 @@ def test_replace_reaches_every_name_and_unregistered_lists():
     assert twice.steps[0] is twice.body
 
 
+def test_what_replaces_a_layer_may_hold_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    found = gm.replace(model, {"0": nn.Sequential(nn.Flatten(), model[0])})
+    assert found[0][1] is model[0]
+    x = torch.randn(2, 4)
+    assert torch.equal(found(x), model(x))
+
+
 def test_replace_in_place_and_at_the_root():
     two = zoo.TwoNames()
     assert gm.replace(two, {"first": nn.Identity()}, inplace=True) is two
