@@ -253,10 +253,8 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
 
 def remember(model: nn.Module) -> Callable[[], None]:
     """What puts all modules of a model back as they are now: classes, parameters and children, not their values."""
-    open_ = [
-        each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)
-    ]  # the others cannot change
-    kept = [(each, type(each), dict(each._parameters), dict(each._modules)) for each in open_]
+    ours = (each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule))  # others cannot change
+    kept = [(each, type(each), dict(each._parameters), dict(each._modules)) for each in ours]
 
     def put_back() -> None:
         for module, cls, parameters, children in kept:

@@ -47,13 +47,12 @@ def _followed(value: Any, copies: Mapping[int, Any]) -> Any:
     if not isinstance(value, FunctionType):
         return value
     around = {**copies, id(value): value}  # which may close over itself
-    cells = tuple(_followed_cell(each, around) for each in value.__closure__ or ())
-    defaults = tuple(_followed(each, around) for each in value.__defaults__ or ()) or None
-    if all(new is old for new, old in zip(cells, value.__closure__ or (), strict=True)) and all(
-        new is old for new, old in zip(defaults or (), value.__defaults__ or (), strict=True)
-    ):
+    cells, defaults = value.__closure__ or (), value.__defaults__ or ()
+    new_cells = tuple(_followed_cell(each, around) for each in cells)
+    new_defaults = tuple(_followed(each, around) for each in defaults)
+    if all(new is old for new, old in zip(new_cells + new_defaults, cells + defaults, strict=True)):
         return value
-    made = FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells or None)
+    made = FunctionType(value.__code__, value.__globals__, value.__name__, new_defaults or None, new_cells or None)
     made.__kwdefaults__ = value.__kwdefaults__
     return update_wrapper(made, value)
 

@@ -44,14 +44,19 @@ def test_signals_keep_their_axes(generator: Generator) -> None:
     assert torch.equal(model(signal).flatten(2), model(signal.flatten(2)))
 
 
-def assert_learns(model: nn.Module, signal: Tensor, target: Tensor) -> None:
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
+def trained(model: nn.Module, inputs: Tensor, target: Tensor, *, rate: float) -> Tensor:  # ()
+    """The loss of the last of 60 steps."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
     for _ in range(60):
         optimiser.zero_grad()
-        loss = F.mse_loss(model(signal), target)
+        loss = F.mse_loss(model(inputs), target)
         loss.backward()
         optimiser.step()
-    assert float(loss.detach()) < 0.1 * float(target.var())
+    return loss.detach()
+
+
+def assert_learns(model: nn.Module, signal: Tensor, target: Tensor) -> None:
+    assert float(trained(model, signal, target, rate=0.02)) < 0.1 * float(target.var())
 
 
 def test_learns_an_equivariant_map_and_with_rank_another(generator: Generator) -> None:
@@ -238,14 +243,9 @@ def assert_learns_of_images(sampling: str, images: Tensor, target: Tensor) -> No
     torch.manual_seed(0)
     options = {"head": "image", "norm": False, "activation": nn.Identity, "separable": "separable"}
     model = LieCNN("SE(2)", 1, 1, samples=4, channels=(8,), sampling=sampling, **options)
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.003)
-    for _ in range(60):
-        optimiser.zero_grad()
-        loss = F.mse_loss(model(images), target)
-        loss.backward()
-        optimiser.step()
+    loss = trained(model, images, target, rate=0.003)
     assert all(each.grad is not None and float(each.grad.abs().max()) > 0 for each in model.parameters())
-    assert float(loss.detach()) < 0.5 * float(target.var())
+    assert float(loss) < 0.5 * float(target.var())
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

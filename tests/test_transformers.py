@@ -12,6 +12,18 @@ from gmcompress.attaching import structured
 from gmcompress.kinds import layouts_of
 
 TOKENS = 40
+DECODER = {
+    "vocab_size": TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 def bert():
@@ -31,17 +43,8 @@ def bert():
 def llama(*, tied):
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=TOKENS,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
             tie_word_embeddings=tied,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
+            **DECODER,
         )
     )
 
@@ -65,17 +68,8 @@ def gpt2():
 def mixtral():
     model = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(
-            vocab_size=TOKENS,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             num_local_experts=4,
-            max_position_embeddings=32,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
+            **DECODER,
         )
     )
     model.set_experts_implementation("eager")  # the other one knows no float64

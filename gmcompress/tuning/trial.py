@@ -67,21 +67,24 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     found: dict[float, float] = {}
     with run.taken_back() as undo:
 
-        def loss_after(rate: float) -> float:
+        def judged() -> float:
+            run.annealing.set(1.0)
+            loss = run.mean(run.loss_on(held, features=1.0) / len(held))
+            undo()
+            return loss if math.isfinite(loss) else math.inf
+
+        def loss_after(rate: float, number: int) -> float:
             seed_all(run.recipe.seed, 0, 2)
             run.model.train()
-            for at, batch in enumerate(islice(cycle(trained), length if moving or rate else 0)):
+            for at, batch in enumerate(islice(cycle(trained), length)):
                 loss = run.step(batch, at=at, of=length, peak=rate, warmup=warmup)
                 if progress is not None:
-                    progress(-1, (len(found) + (moving and rate > 0)) * length + at + 1, total, loss)
-            run.annealing.set(1.0)
-            judged = run.mean(run.loss_on(held, features=1.0) / len(held))
-            undo()
-            return judged if math.isfinite(judged) else math.inf
+                    progress(-1, number * length + at + 1, total, loss)
+            return judged()
 
-        before = loss_after(0.0)
-        for rate in climb(run.rates, found, before):
-            found[rate] = loss_after(rate)
+        before = loss_after(0.0, 0) if moving else judged()
+        for number, rate in enumerate(climb(run.rates, found, before), start=moving):
+            found[rate] = loss_after(rate, number)
     best = chosen(found, before)
     if progress is not None and len(found) < len(run.rates):  # the rest is not tried
         progress(-1, total, total, found[best])
