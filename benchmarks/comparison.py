@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from competitors import COMPETITORS, RANDOM, Case, Start, size, torch_pruning
 from rich.console import Console
-from rows import append_row, cell, read_rows, summary
+from rows import append_row, cell, measured_before, summary
 from torch import nn
 
 from gmcompress import GMError
@@ -23,7 +23,6 @@ from gmcompress.tuning.recipe import optimizer_name
 
 STEPS = ("raw", "recalibrated", "tuned")
 TRAINED = ("optimizer", "lr", "trial", "tune_seconds")  # facts of every training
-OF_THE_RUN = ("command", "device", "threads", "torch")  # facts in which a row to be taken over may differ
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,13 @@ class Bench:
 
     def take_over(self, competitor: str, budget: str) -> bool:
         """Whether the file of results has this row already, with `--resume`; then it is in the tables."""
-        wanted = {"benchmark": self.name, "competitor": competitor, "budget": budget}
-        wanted |= {key: value for key, value in self.facts.items() if key not in OF_THE_RUN}
-        wanted = json.loads(json.dumps(wanted))
-        for row in reversed(read_rows(self.output) if self.resume else []):
-            if all(row.get(key) == value for key, value in wanted.items()):
-                self.rows.append(row)
-                self.console.print(f"{line(row)} (measured before)")
-                return True
-        return False
+        wanted = {"benchmark": self.name, "competitor": competitor, "budget": budget, **self.facts}
+        row = measured_before(self.output, wanted) if self.resume else None
+        if row is None:
+            return False
+        self.rows.append(row)
+        self.console.print(f"{line(row)} (measured before)")
+        return True
 
     @property
     def training(self) -> bool:

@@ -13,6 +13,8 @@ import torch
 
 from gmcompress import GMError
 
+OF_THE_RUN = ("command", "device", "threads", "torch")  # facts in which a row to be taken over may differ
+
 
 def shown_command(script: str, paths: Mapping[str, Path | None], arguments: Sequence[str]) -> str:
     """The command line with names in place of paths.
@@ -66,6 +68,13 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of results; none where there is no such file."""
     return [json.loads(each) for each in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def measured_before(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The latest row of a file with all these facts, those of the run itself left aside; None where there is none."""
+    same = json.loads(json.dumps({key: value for key, value in wanted.items() if key not in OF_THE_RUN}))
+    rows = (row for row in reversed(read_rows(path)) if all(row.get(key) == value for key, value in same.items()))
+    return next(rows, None)
 
 
 def summary(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:

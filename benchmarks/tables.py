@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from cifar import accuracy
 from rich.console import Console
-from rows import append_row, cell, machine, prepare_device, read_rows, shown_command, summary
+from rows import append_row, cell, machine, measured_before, prepare_device, shown_command, summary
 from table_data import Sources, Task, from_folder, load_task, made_up
 from table_models import PUBLISHED, ROWS, TABLES, Row, compressed
 from table_training import train
@@ -27,7 +26,6 @@ from gmcompress import GMError
 from gmcompress.tables import make_table
 
 PATHS = ("data", "output", "cache")
-OF_THE_RUN = ("command", "device", "threads", "torch")  # facts in which a row to be taken over may differ
 SMOKE = 40  # made-up images
 
 
@@ -130,11 +128,10 @@ def learn(bench: Bench, row: Row, seed: int) -> dict[str, Any]:
 def measure(bench: Bench, row: Row, seed: int) -> None:
     """The line of one row and seed, measured, or taken over with `--resume`."""
     wanted = {"benchmark": "tables", "seed": seed, **settings(row, bench.options), **bench.facts}
-    same = json.loads(json.dumps({key: value for key, value in wanted.items() if key not in OF_THE_RUN}))
-    for line in reversed(read_rows(bench.options.output) if bench.options.resume else []):
-        if all(line.get(key) == value for key, value in same.items()):
-            bench.rows.append(line)
-            return
+    before = measured_before(bench.options.output, wanted) if bench.options.resume else None
+    if before is not None:
+        bench.rows.append(before)
+        return
     line = {**wanted, **learn(bench, row, seed), "most": row.most, "target": row.target}
     line |= {"published": [asdict(each) for each in PUBLISHED if each.table == row.table]}
     append_row(bench.options.output, line)
