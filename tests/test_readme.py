@@ -1,5 +1,6 @@
 """Every code block of the README runs: Python as it stands, the command line on a small folder of images."""
 
+import importlib
 import json
 import re
 import shlex
@@ -137,78 +138,44 @@ def test_the_measured_table_is_that_of_the_benchmark():
     assert set(shown) <= measured
 
 
-def results(name: str) -> list[dict[str, Any]]:
-    """The lines of one benchmark."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that makes the tables of the README."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("readme_tables")
 
 
-def table(name: str) -> set[str]:
-    """The rows of one table of the README."""
-    text = (ROOT / "README.md").read_text()
-    body = text.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
-    return set(body.strip().splitlines()[2:])
+def test_the_tables_are_those_of_the_benchmarks(tables):
+    text, bodies = (ROOT / "README.md").read_text(), tables.bodies()
+    assert len(bodies) >= 6
+    assert all(bodies.values())
+    assert tables.filled(text, bodies) == text, "python benchmarks/readme_tables.py --write"
+    for name, body in bodies.items():
+        assert tables.filled(text, bodies | {name: body[1:]}) != text
 
 
-def test_the_tables_of_budgets_are_those_of_the_benchmarks():
-    def line(row, *numbers):
-        return " | ".join(["", row["budget"], row["competitor"], f"{100 * row['kept']:.1f} %", *numbers, ""]).strip()
-
-    def decimal(value):
-        return "-" if value is None else f"{value:.2f}"
-
-    rows = [row for row in results("accuracy_budgets") if row["competitor"] != "dense"]
-    assert table("accuracy_budgets") == {line(row, decimal(row["raw"]), decimal(row["tuned"])) for row in rows}
-    rows = [row for row in results("transformer") if row["competitor"] != "dense"]
-    assert table("transformer") == {line(row, f"{row['raw']:.1f}") for row in rows}
+def test_rows_are_in_order_and_have_their_spread(tables):
+    row = {"kept": 0.25, "raw": 80.0, "tuned": 90.1234, "seeds": [0], "spread": {"tuned": None}}
+    rows = [{**row, "budget": "9%", "competitor": name} for name in ("svd", "dense", "ours")]
+    rows.append({**row, "budget": "25%", "competitor": "ours", "seeds": [0, 1], "spread": {"tuned": 0.123}})
+    assert tables.accuracy_lines(rows) == [
+        "| 25% | ours | 25.0 % | 80.00 | 90.12 ± 0.12 | 2 |",
+        "| 9% | ours | 25.0 % | 80.00 | 90.12 | 1 |",
+        "| 9% | svd | 25.0 % | 80.00 | 90.12 | 1 |",
+    ]
 
 
-def test_the_tables_of_speed_are_those_of_the_benchmark():
-    layers, models = set(), set()
-    for row in results("speed"):
-        dense, ours = (row["competitors"][name]["ms"] for name in ("dense", "ours"))
-        if row["part"] == "model":
-            cells = [f"{100 * row['kept']:.1f} %", f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}"]
-            cells.append(f"{row['structured']} of {row['layers']}")
-        else:
-            cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}"]
-        (models if row["part"] == "model" else layers).add(f"| {row['what']} | {row['batch']} | {' | '.join(cells)} |")
-    assert (table("speed layers"), table("speed models")) == (layers, models)
-
-
-def stage_lines(rows: list[dict[str, Any]]) -> set[str]:
-    """How many models pass each stage, of how many: of ONNX those that got there, of all others every one."""
-    lines = set()
-    for stage in dict.fromkeys(stage for row in rows for stage in row["stages"]):
-        outcomes = [row["stages"].get(stage) for row in rows]
-        count = sum(each is not None for each in outcomes) if "onnx" in stage else len(rows)
-        lines.add(f"| {stage} | {sum(each in ('ok', 'begun') for each in outcomes)} | {count} |")
-    return lines
-
-
-def test_stages_are_counted_with_and_without_onnx():
+def test_stages_are_counted_with_and_without_onnx(tables):
     old, no = {"build": "ok", "export": "ok"}, {"build": "failed"}
-    assert stage_lines([{"stages": old}, {"stages": no}]) == {"| build | 1 | 2 |", "| export | 1 | 2 |"}
+    assert tables.stage_lines([{"stages": old}, {"stages": no}]) == ["| build | 1 | 2 |", "| export | 1 | 2 |"]
     new = old | {"dense onnx": "ok", "onnx": "differs"}
-    found = stage_lines([{"stages": old}, {"stages": new}, {"stages": old | {"dense onnx": "failed"}}])
-    assert found >= {"| export | 3 | 3 |", "| dense onnx | 1 | 2 |", "| onnx | 0 | 1 |"}
+    found = tables.stage_lines([{"stages": old}, {"stages": new}, {"stages": old | {"dense onnx": "failed"}}])
+    assert found == ["| build | 3 | 3 |", "| export | 3 | 3 |", "| dense onnx | 1 | 2 |", "| onnx | 0 | 1 |"]
 
 
-def test_the_tables_of_coverage_are_those_of_the_benchmark():
-    found: dict[str, Any] = {}
-    for row in results("coverage"):
-        if row["model"] or row["family"] not in found:  # a larger limit may have found a model later
-            found[row["family"]] = row
+def test_the_coverage_of_the_text_is_that_of_the_benchmark(tables):
+    found = tables.families(tables.read_rows(tables.RESULTS / "coverage.jsonl"))
     tried = [row for row in found.values() if row["model"]]
-    assert table("coverage") == stage_lines(tried)
-    mean = 100 * sum(row["reached"] for row in tried) / len(tried)
     text = (ROOT / "README.md").read_text()
-    assert f"On average {mean:.1f} % of the parameters" in text
+    assert f"On average {100 * sum(row['reached'] for row in tried) / len(tried):.1f} % of the parameters" in text
     assert all(family in text for family, row in found.items() if not row["model"])
-    low = {
-        f"| {row['family']} | {row['model']} | {100 * row['reached']:.1f} % | {row['weighs_most']['reason']} "
-        f"({100 * row['weighs_most']['share']:.1f} %) |"
-        for row in tried
-        if row.get("reached", 1) < 0.6
-    }
-    assert table("coverage low") == low

@@ -1,0 +1,185 @@
+"""The tables of the README, made from the lines in results/; without --write, whether they are up to date.
+
+python benchmarks/readme_tables.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import read_rows
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
+COMPETITORS = ("ours", "random", "whitened", "svd", "pruning")  # the order of the rows of one budget
+LOW = 0.6  # a family of which less is reached is explained
+
+Row = Mapping[str, Any]
+
+
+def line(*cells: object) -> str:
+    """A row of a table.
+
+    >>> line("ours", 3)
+    '| ours | 3 |'
+    """
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def percent(share: float) -> str:
+    """A share, as a table has it.
+
+    >>> percent(0.25)
+    '25.0 %'
+    """
+    return f"{100 * share:.1f} %"
+
+
+def by_budget(rows: Iterable[Row]) -> list[Row]:
+    """The largest budget first, the dense model left out."""
+    smaller = [row for row in rows if row["competitor"] != "dense"]
+    return sorted(smaller, key=lambda row: (-float(row["budget"].rstrip("%")), COMPETITORS.index(row["competitor"])))
+
+
+def accuracy_lines(rows: Iterable[Row]) -> list[str]:
+    """Accuracy before and after training, of every competitor at every budget.
+
+    >>> accuracy_lines([{"budget": "9%", "competitor": "svd", "kept": 0.09, "raw": 9.0, "tuned": None, "seeds": [0]}])
+    ['| 9% | svd | 9.0 % | 9.00 | - | 1 |']
+    """
+
+    def decimal(row: Row, step: str) -> str:
+        spread = row.get("spread", {}).get(step)
+        return "-" if row[step] is None else f"{row[step]:.2f}" + (f" ± {spread:.2f}" if spread else "")
+
+    return [
+        line(
+            row["budget"],
+            row["competitor"],
+            percent(row["kept"]),
+            decimal(row, "raw"),
+            decimal(row, "tuned"),
+            len(row["seeds"]),
+        )
+        for row in by_budget(rows)
+    ]
+
+
+def agreement_lines(rows: Iterable[Row]) -> list[str]:
+    """Agreement with the dense model before and after training."""
+
+    def decimal(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    return [
+        line(row["budget"], row["competitor"], percent(row["kept"]), decimal(row["raw"]), decimal(row["tuned"]))
+        for row in by_budget(rows)
+    ]
+
+
+def speed_lines(rows: Iterable[Row], *, models: bool) -> list[str]:
+    """Milliseconds of layers, or of whole models, dense and fast."""
+    lines = []
+    for row in (each for each in rows if (each["part"] == "model") == models):
+        dense, ours = (row["competitors"][name]["ms"] for name in ("dense", "ours"))
+        if models:
+            layers = f"{row['structured']} of {row['layers']}"
+            cells = [percent(row["kept"]), f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}", layers]
+        else:
+            cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}"]
+        lines.append(line(row["what"], row["batch"], *cells))
+    return lines
+
+
+def families(rows: Iterable[Row]) -> dict[str, Row]:
+    """The last row of every family that has a model, else the last that says why there is none."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row["model"] or row["family"] not in found:  # a larger limit may have found a model later
+            found[row["family"]] = row
+    return found
+
+
+def stage_lines(rows: Sequence[Row]) -> list[str]:
+    """How many models pass each stage, of how many: of ONNX those that got there, of all others every one.
+
+    >>> stage_lines([{"stages": {"build": "ok", "onnx": "differs"}}, {"stages": {"build": "failed"}}])
+    ['| build | 1 | 2 |', '| onnx | 0 | 1 |']
+    """
+    lines = []
+    for stage in dict.fromkeys(stage for row in rows for stage in row["stages"]):
+        outcomes = [row["stages"].get(stage) for row in rows]
+        count = sum(each is not None for each in outcomes) if "onnx" in stage else len(rows)
+        lines.append(line(stage, sum(each in ("ok", "begun") for each in outcomes), count))
+    return lines
+
+
+def low_lines(rows: Iterable[Row]) -> list[str]:
+    """The families of which little is reached, with the reason that weighs most and its share."""
+    low = sorted((row for row in rows if row.get("reached", 1) < LOW), key=lambda row: row["reached"])
+    return [
+        line(
+            row["family"],
+            row["model"],
+            percent(row["reached"]),
+            f"{row['weighs_most']['reason']} ({percent(row['weighs_most']['share'])})",
+        )
+        for row in low
+    ]
+
+
+def bodies(results: Path = RESULTS) -> dict[str, list[str]]:
+    """The rows of every table, by the name that the README has for it."""
+    found = {name: read_rows(results / f"{name}.jsonl") for name in ("accuracy_budgets", "transformer", "speed")}
+    tried = [row for row in families(read_rows(results / "coverage.jsonl")).values() if row["model"]]
+    return {
+        "accuracy_budgets": accuracy_lines(found["accuracy_budgets"]),
+        "transformer": agreement_lines(found["transformer"]),
+        "speed layers": speed_lines(found["speed"], models=False),
+        "speed models": speed_lines(found["speed"], models=True),
+        "coverage": stage_lines(tried),
+        "coverage low": low_lines(tried),
+    }
+
+
+def filled(text: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """The text with these rows below the heads of its tables.
+
+    >>> print(filled("<!-- a -->\\n| x |\\n|---|\\n| 1 |\\n<!-- end of a -->", {"a": ["| 2 |", "| 3 |"]}))
+    <!-- a -->
+    | x |
+    |---|
+    | 2 |
+    | 3 |
+    <!-- end of a -->
+    """
+    for name, body in tables.items():
+        before, rest = text.split(f"<!-- {name} -->\n")
+        old, after = rest.split(f"<!-- end of {name} -->")
+        head = old.splitlines()[:2]
+        text = before + "\n".join([f"<!-- {name} -->", *head, *body, f"<!-- end of {name} -->"]) + after
+    return text
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare, or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    wanted = filled(text, bodies())
+    if options.write:
+        README.write_text(wanted, encoding="utf-8")
+    elif text != wanted:
+        print("README.md has other tables than results/ says; --write makes them", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
