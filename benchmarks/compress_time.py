@@ -1,13 +1,16 @@
 """How long gm.compress takes, and its peak memory, on timm models of full size, each in a fresh process.
 
 python benchmarks/compress_time.py --output compress_time.jsonl
+python benchmarks/compress_time.py --sizes --plot cost.png --output compress_time.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +27,13 @@ LIMITS: Mapping[str, tuple[float, float | None]] = {  # seconds and gigabytes th
     "vit_base_patch16_224": (60.0, None),
     "vit_large_patch16_224": (40.0, None),
 }
+SIZES = [  # one architecture at five sizes, 6 to 304 million parameters
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "vit_medium_patch16_reg4_256",
+    "vit_base_patch16_224",
+    "vit_large_patch16_224",
+]
 UNITS = 1 if sys.platform == "darwin" else 1024  # bytes in one ru_maxrss
 
 
@@ -32,7 +42,7 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNITS / 1e9
 
 
-def work(name: str, group: str, rank: int, threads: int) -> dict[str, Any]:
+def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compress one model with random weights in this process; `dense_gigabytes` is the peak before it began."""
     import timm
     import torch
@@ -40,17 +50,19 @@ def work(name: str, group: str, rank: int, threads: int) -> dict[str, Any]:
     import gmcompress as gm
 
     torch.set_flush_denormal(True)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = timm.create_model(name)
+    inputs = torch.randn(1, *model.default_cfg["input_size"]) if options.inputs else None
     before = peak_gigabytes()
     start = time.perf_counter()
-    result = gm.compress(model, group=group, rank=rank)
+    result = gm.compress(model, group=options.group, rank=options.rank, inputs=inputs)
     seconds = time.perf_counter() - start
     return {
         "model": name,
-        "group": group,
-        "rank": rank,
+        "group": options.group,
+        "rank": options.rank,
+        "inputs": options.inputs,
         "seconds": round(seconds, 2),
         "peak_gigabytes": round(peak_gigabytes(), 3),
         "dense_gigabytes": round(before, 3),
@@ -59,7 +71,7 @@ def work(name: str, group: str, rank: int, threads: int) -> dict[str, Any]:
         "device": f"cpu ({torch.backends.cpu.get_cpu_capability()})",
         "dtype": "float32",
         "seed": 0,
-        "threads": threads,
+        "threads": options.threads,
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
@@ -68,6 +80,7 @@ def work(name: str, group: str, rank: int, threads: int) -> dict[str, Any]:
 def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one model, measured in a process that has done nothing else."""
     given = ["--group", options.group, "--rank", str(options.rank), "--threads", str(options.threads)]
+    given += ["--inputs"] * options.inputs
     command = [sys.executable, str(Path(__file__).resolve()), "--models", name, *given, "--here"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     row = json.loads(done.stdout.splitlines()[-1])
@@ -85,6 +98,36 @@ def within(row: Mapping[str, Any]) -> bool:
     """
     pairs = [("seconds", "limit_seconds"), ("peak_gigabytes", "limit_gigabytes")]
     return all(row[limit] is None or row[found] <= row[limit] for found, limit in pairs)
+
+
+def exponent(parameters: Sequence[float], seconds: Sequence[float]) -> float:
+    """The power of the parameters with which the seconds grow, by least squares of the logarithms.
+
+    >>> round(exponent([1e6, 2e6, 4e6], [1.0, 2.0, 4.0]), 6)
+    1.0
+    """
+    x, y = ([math.log(each) for each in values] for values in (parameters, seconds))
+    slope, _ = statistics.linear_regression(x, y)
+    return slope
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> float:
+    """Seconds over parameters, beside a line of cost in proportion to them; returns the exponent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = sorted(rows, key=lambda row: row["parameters"][0])
+    millions, seconds = [row["parameters"][0] / 1e6 for row in rows], [row["seconds"] for row in rows]
+    found = exponent(millions, seconds)
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    axes.loglog(millions, seconds, "o-", label=f"measured: exponent {found:.2f}")
+    axes.loglog(millions, [seconds[-1] * each / millions[-1] for each in millions], "--", label="in proportion")
+    axes.set(xlabel="parameters, millions", ylabel="seconds of gm.compress")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return found
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -111,6 +154,11 @@ def main(arguments: Sequence[str]) -> int:
     """Measure every model; exit status 1 where a limit is passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(LIMITS))
+    parser.add_argument("--sizes", action="store_true", help="one architecture at five sizes in place of --models")
+    parser.add_argument("--plot", type=Path, help="draw the seconds over the parameters, and say how they grow")
+    parser.add_argument(
+        "--inputs", action="store_true", help="compress with an example image: its rehearsal counts"
+    )
     parser.add_argument("--group", default="C32xC32")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -118,13 +166,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--here", action="store_true", help="measure one model in this process and print its row")
     options = parser.parse_args(arguments)
     if options.here:
-        print(json.dumps(work(options.models[0], options.group, options.rank, options.threads)))
+        print(json.dumps(work(options.models[0], options)))
         return 0
-    rows = [in_fresh_process(name, options) for name in options.models]
+    rows = [in_fresh_process(name, options) for name in (SIZES if options.sizes else options.models)]
     if options.output is not None:
         with options.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     print_table(rows)
+    if options.plot is not None:
+        print(f"seconds grow as the parameters to the power {draw(rows, options.plot):.2f}")
     return 0 if all(map(within, rows)) else 1
 
 
