@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -162,6 +163,11 @@ class Table:
     itemsizes: Mapping[str, int]
     calibrated: bool
 
+    @cached_property
+    def named(self) -> dict[str, Site]:
+        """The sites by name."""
+        return {site.name: site for site in self.sites}
+
     def whole(self) -> dict[str, list[Candidate]]:
         """The candidates of the free layers, and of the prescribed ones the single one that each has."""
         full = {name: list(each) for name, each in self.candidates.items()}
@@ -171,7 +177,7 @@ class Table:
 
     def priced(self, name: str, structures: Iterable[Structure | None]) -> list[Candidate]:
         """Structures, None for dense, in place of a layer, with their costs and no loss."""
-        site = next(site for site in self.sites if site.name == name)
+        site = self.named[name]
         positions = None if self.positions is None else self.positions.get(name, 0)
         facts: dict[str, Any] = {"conv_groups": site.conv_groups, "itemsize": self.itemsizes[name]}
         return [priced(each, site.shape, 0.0, positions=positions, **facts) for each in structures]
@@ -189,9 +195,8 @@ class Table:
 
     def fixed(self) -> dict[str, int]:
         """The costs of what no choice changes."""
-        shapes = {site.name: site.shape for site in self.sites}
         names = list(self.itemsizes)
-        dense = {name: math.prod(shapes[name]) for name in names}
+        dense = {name: math.prod(self.named[name].shape) for name in names}
         found = {
             "params": self.totals["params"] - sum(dense.values()),
             "bytes": self.totals["bytes"] - sum(self.itemsizes[name] * dense[name] for name in names),
