@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,9 +17,11 @@ from .groups import group as parse
 from .groups.group import Indices
 from .linalg import usual_strides
 from .separation import Factors, check_kind, combine, grid_of, separate, shapes
-from .stencils import Stencil, depthwise, multiply
+from .sharing import shared_tensor
+from .stencils import Stencil, depthwise, find_stencil, multiply
 
 RESIDUALS = ("displacement", "row", "diagonal")
+TABLES = ("_main", "_inner", "_outer", "_rows", "_reads")  # the buffers
 
 
 def flat_signal(
@@ -124,7 +126,8 @@ class GroupConv(nn.Module):
             self.register_parameter(part, stored)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **made)) if bias else None)
-        self._tabulate(device)
+        self._choose_methods()
+        self.share_tables_(torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     # ------------------------------------------------------------------------------------------------- what it reads
@@ -140,7 +143,7 @@ class GroupConv(nn.Module):
         if self.kind not in ("nonseparable", "dseparable"):
             self.grid = grid_of(self.group, taps, self.factors)
             taps = self.group.table[np.ix_(*self.grid)].ravel()
-        self.stencil = Stencil(self.group, members, taps)
+        self.stencil = find_stencil(self.group, members, taps)
         lengths = word_lengths(self.group, metric)
         lengths[lengths < 0] = self.group.order
         if self.residual == "diagonal":  # places among the taps
@@ -173,12 +176,12 @@ class GroupConv(nn.Module):
             found["outer"] = self.stencil
         elif self.kind in ("separable", "dgseparable"):
             assert self.grid is not None
-            found["inner"] = Stencil(self.group, np.arange(self.group.order), self.grid[1])
-            found["outer"] = Stencil(self.group, self.stencil.members, self.grid[0])
+            found["inner"] = find_stencil(self.group, np.arange(self.group.order), self.grid[1])
+            found["outer"] = find_stencil(self.group, self.stencil.members, self.grid[0])
         return found
 
-    def _tabulate(self, device: torch.device | str | None) -> None:
-        """The way to multiply of every step, by cost, and the index arrays; none of them is saved."""
+    def _choose_methods(self) -> None:
+        """The way to multiply of every step, by cost."""
         self._steps = self._stencils()
         self.methods: dict[str, str] = {}
         for step, stencil in self._steps.items():
@@ -187,14 +190,44 @@ class GroupConv(nn.Module):
             else:
                 together = self.terms if step == "inner" else 1 + self.rank * (self.residual == "displacement")
                 self.methods[step] = stencil.method(together * self.out_channels, self.in_channels)
-        tables = {f"_{step}": stencil.table(self.methods[step]) for step, stencil in self._steps.items()}
-        if self.rank and self.residual == "row":
-            tables["_rows"] = self._freed
-            tables["_reads"] = self.stencil.reads[:, self._freed]  # (taps, r)
-        elif self.rank and self.residual == "diagonal":
-            tables["_reads"] = self.stencil.reads[self._freed]  # (r, m)
-        for name, table in tables.items():
-            self.register_buffer(name, torch.tensor(table, dtype=torch.int64, device=device), persistent=False)
+
+    def share_tables_(self, device: torch.device | str | None = None) -> None:
+        """Take the index arrays that all layers which read alike share on a device, by default where the kernel is."""
+        device = next(iter(self.parts().values())).device if device is None else device
+        for step, stencil in self._steps.items():
+            self.register_buffer(f"_{step}", stencil.tensor(self.methods[step], device), persistent=False)
+        if self.rank and self.residual != "displacement":
+            row, freed, reads = self.residual == "row", self._freed, self.stencil.reads
+            tables: dict[str, Callable[[], Indices]] = {"_rows": lambda: freed} if row else {}
+            tables["_reads"] = lambda: reads[:, freed] if row else reads[freed]  # (taps, r) or (r, m)
+            for name, make in tables.items():
+                key = (self.stencil, self.residual, name, freed.tobytes())
+                table = shared_tensor(key, make, dtype=torch.int64, device=device)
+                self.register_buffer(name, table, persistent=False)
+
+    def _without_tables(self) -> dict[str, Tensor | None]:
+        return {name: None if name in TABLES else each for name, each in self._buffers.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: everything but the index arrays."""
+        return super().__getstate__() | {"_buffers": self._without_tables()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares the index arrays with its original."""
+        super().__setstate__(state)
+        self.share_tables_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupConv:
+        """What `.to` and `.cuda` go through, which would give every layer index arrays of its own."""
+        self._buffers = self._without_tables()
+        super()._apply(fn, recurse)
+        self.share_tables_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """With assign=True the stored tensors may now be on another device."""
+        super()._load_from_state_dict(*args, **options)
+        self.share_tables_()
 
     # ------------------------------------------------------------------------------------------------------ weights
 
