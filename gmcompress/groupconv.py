@@ -12,40 +12,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .errors import GMError, shown
-from .groups import Group, as_given, axes_of, ball, embed, factor_generators, word_lengths
+from .groups import Group, as_given, ball, embed, factor_generators, word_lengths
 from .groups import group as parse
 from .groups.group import Indices
 from .linalg import usual_strides
 from .separation import Factors, check_kind, combine, grid_of, separate, shapes
 from .sharing import shared_tensor
+from .signals import flat_signal, shaped_signal
 from .stencils import Stencil, depthwise, find_stencil, multiply
 
 RESIDUALS = ("displacement", "row", "diagonal")
 TABLES = ("_main", "_inner", "_outer", "_rows", "_reads")  # the buffers
-
-
-def flat_signal(
-    signal: Tensor,  # (batch, channels, n) or (batch, channels, *axes)
-    group: Group,
-    channels: int | None = None,
-) -> Tensor:  # (batch, channels, n)
-    """The signal with the axes of a product group made one.
-
-    Raises:
-        GMError: the shape is neither, or the number of channels is another.
-    """
-    axes = axes_of(group)
-    fits = signal.dim() > 2 and tuple(signal.shape[2:]) in ((group.order,), axes)
-    if not fits or channels not in (None, signal.shape[1]):
-        wanted = f"(batch, {'channels' if channels is None else channels}, {group.order})"
-        more = f" or (batch, channels, {', '.join(map(str, axes))})" if len(axes) > 1 else ""
-        raise GMError(f"a signal on {group} has shape {wanted}{more}, but this one has {tuple(signal.shape)}")
-    return signal.flatten(2)
-
-
-def shaped_signal(flat: Tensor, group: Group, like: Tensor) -> Tensor:
-    """The signal with the axes of its group, where the one it was made from had axes."""
-    return flat if like.dim() == 3 else flat.reshape(*flat.shape[:2], *axes_of(group))
 
 
 class GroupConv(nn.Module):
@@ -394,6 +371,19 @@ class GroupConv(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- other layers
 
+    def like(self, kind: str, *, factors: Factors | None = None, terms: int = 1) -> GroupConv:
+        """A layer of another kind of kernel and else as this one, its numbers drawn anew.
+
+        Raises:
+            GMError: the kind is unknown, or the group has no such factors.
+
+        >>> GroupConv("D4", 3, 5).like("separable", terms=2)
+        GroupConv('D4', 3, 5, separable='separable', terms=2)
+        """
+        options = self._options() | {"separable": kind, "factors": factors, "terms": terms}
+        made = GroupConv(self.group, self.in_channels, self.out_channels, **options)
+        return made.to(next(iter(self.parts().values()))).train(self.training)
+
     @torch.no_grad()
     def separated(self, kind: str, *, factors: Factors | None = None, terms: int = 1) -> GroupConv:
         """The layer of a separable kind whose kernel is nearest to this one's; residual and bias are taken along.
@@ -404,9 +394,7 @@ class GroupConv(nn.Module):
         >>> GroupConv("D4", 3, 5).separated("separable").outer.shape
         torch.Size([1, 5, 4])
         """
-        options = self._options() | {"separable": kind, "factors": factors, "terms": terms}
-        kernel = self.full_kernel()
-        made = GroupConv(self.group, self.in_channels, self.out_channels, **options).to(kernel)
+        kernel, made = self.full_kernel(), self.like(kind, factors=factors, terms=terms)
         number = {int(tap): place for place, tap in enumerate(made.stencil.taps)}
         at = torch.tensor([number[int(tap)] for tap in self.stencil.taps], device=kernel.device)
 
@@ -422,7 +410,7 @@ class GroupConv(nn.Module):
             given["filters"] = moved(self.filters)
         for name, tensor in (tensors | given).items():
             made.get_parameter(name).copy_(tensor)
-        return made.train(self.training)
+        return made
 
     def _options(self) -> dict[str, Any]:
         every = {
