@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from cifar import Images, moved_and_flipped
 from table_data import rotated
 from torch import Tensor, nn
 
-from gmcompress import GMError
+from gmcompress import GMError, tuning
 
 TURNS = ("none", "quarter", "any")
 SCALES = ("channel", "image")
@@ -28,7 +27,8 @@ class Recipe:
     bottom (`flip_rows`) or not, by equal chances, and turned by "quarter" turns or by "any" angle. `scale` is
     "channel", by mean and deviation of each channel over the training images, or "image", by those of the image itself
     first and then by those of each pixel over the training images. The rate rises over the share `warmup` of the steps
-    and falls by a cosine to zero. `distillation` is the weight of a teacher in the loss, at `temperature`.
+    and falls by a cosine to zero. `distillation` is the weight of a teacher in the loss, at `temperature`, and what is
+    left to 1 that of the labels.
     """
 
     epochs: int
@@ -36,7 +36,6 @@ class Recipe:
     weight_decay: float = 1e-2
     batch_size: int = 128
     warmup: float = 0.2
-    smoothing: float = 0.0
     shift: int = 0
     flip: bool = False
     flip_rows: bool = False
@@ -118,16 +117,6 @@ def rate(done: int, steps: int, warmup: float) -> float:
     return (1 + math.cos(math.pi * (done - rise) / max(1.0, steps - rise))) / 2
 
 
-def loss_of(found: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None) -> Tensor:
-    """Cross-entropy, and where there is a teacher the divergence from its predictions."""
-    loss = F.cross_entropy(found, labels, label_smoothing=recipe.smoothing)
-    if taught is None:
-        return loss
-    soft, target = (F.log_softmax(each / recipe.temperature, 1) for each in (found, taught))
-    apart = recipe.temperature**2 * F.kl_div(soft, target, reduction="batchmean", log_target=True)
-    return (1 - recipe.distillation) * loss + recipe.distillation * apart
-
-
 def train(
     model: nn.Module,
     images: Images,
@@ -145,6 +134,9 @@ def train(
     """
     begun, device = time.perf_counter(), images.labels.device
     scaling = Scaling(images.pixels, recipe.scale)
+    shares = tuning.Recipe(
+        distillation=recipe.distillation, task=1 - recipe.distillation, temperature=recipe.temperature
+    )
     torch.manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = recipe.epochs * (len(images.labels) // min(recipe.batch_size, len(images.labels)))
@@ -156,9 +148,9 @@ def train(
             ready = scaling(pixels)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
                 with torch.no_grad():
-                    taught = None if teacher is None else teacher(ready).float()
+                    taught = None if teacher is None else teacher(ready)
                 found = model(ready)
-            loss = loss_of(found.float(), labels, recipe, taught)
+            loss = tuning.distillation_loss(found, taught, labels, shares)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -162,6 +164,11 @@ class Table:
     itemsizes: Mapping[str, int]
     calibrated: bool
 
+    @cached_property
+    def named(self) -> dict[str, Site]:
+        """The sites by name."""
+        return {site.name: site for site in self.sites}
+
     def whole(self) -> dict[str, list[Candidate]]:
         """The candidates of the free layers, and of the prescribed ones the single one that each has."""
         full = {name: list(each) for name, each in self.candidates.items()}
@@ -171,7 +178,7 @@ class Table:
 
     def priced(self, name: str, structures: Iterable[Structure | None]) -> list[Candidate]:
         """Structures, None for dense, in place of a layer, with their costs and no loss."""
-        site = next(site for site in self.sites if site.name == name)
+        site = self.named[name]
         positions = None if self.positions is None else self.positions.get(name, 0)
         facts: dict[str, Any] = {"conv_groups": site.conv_groups, "itemsize": self.itemsizes[name]}
         return [priced(each, site.shape, 0.0, positions=positions, **facts) for each in structures]
@@ -189,9 +196,8 @@ class Table:
 
     def fixed(self) -> dict[str, int]:
         """The costs of what no choice changes."""
-        shapes = {site.name: site.shape for site in self.sites}
         names = list(self.itemsizes)
-        dense = {name: math.prod(shapes[name]) for name in names}
+        dense = {name: math.prod(self.named[name].shape) for name in names}
         found = {
             "params": self.totals["params"] - sum(dense.values()),
             "bytes": self.totals["bytes"] - sum(self.itemsizes[name] * dense[name] for name in names),
@@ -209,7 +215,7 @@ def check_budgets(table: Table, dense: nn.Module, group: Group | None, budgets: 
     not known before the fits which of them there will be.
 
     Raises:
-        GMError: as `allocate`, but that budgets which exclude each other are not found out.
+        GMError: as `allocate`.
     """
     limits = table.limits(budgets)
     facts: dict[str, Any] = {"fixed_costs": table.fixed(), "totals": table.totals, "ties": table.eligible.ties}
@@ -239,13 +245,9 @@ def allocate(table: Table, budgets: Sequence[Budget]) -> Plan:
     chosen = select(full, limits, fixed_costs=fixed, totals=table.totals, ties=ties)
     picked = {name: full[name][index].structure for name, index in chosen.choice.items()}
     structures = {name: None if text is None else Structure.parse(text) for name, text in picked.items()}
-    if set(limits) in ({"params"}, {"bytes"}):
-        (kind,) = limits
-        held = [*table.eligible.prescribed, *(name for names in ties for name in names)]
-        room = limits[kind] - fixed[kind] - chosen.costs[kind]
-        shapes = {site.name: site.shape for site in table.sites}
-        prices = table.itemsizes if kind == "bytes" else dict.fromkeys(table.itemsizes, 1)
-        structures = fill(structures, shapes, room, full, prices=prices, fixed=held)
+    held = [*table.eligible.prescribed, *(name for names in ties for name in names)]
+    room = {kind: limit - fixed[kind] - chosen.costs[kind] for kind, limit in limits.items()}
+    structures = fill(structures, table, room, fixed=held)
     return _plan(table, structures, chosen, budgets)
 
 
@@ -268,35 +270,44 @@ def _plan(
 
 def fill(
     chosen: Mapping[str, Structure | None],
-    shapes: Mapping[str, Sequence[int]],
-    room: int,
-    table: Mapping[str, Sequence[Candidate]],
+    table: Table,
+    room: Mapping[str, int],  # what is left, by the kind of cost that is limited
     *,
-    prices: Mapping[str, int],  # what a number of each layer takes of the room: its bytes, or 1
     fixed: Sequence[str] = (),  # layers that keep the rank they have
 ) -> dict[str, Structure | None]:
-    """The choice with ranks raised while there is `room`, in numbers or in bytes, the most loss spared for it first.
+    """The choice with ranks raised as long as all that is limited has room, the most loss spared for it first.
 
     The table offers a ladder of sizes; between its rungs the loss still falls with every rank.
     """
-    found = dict(chosen)
-    free = [name for name in found if found[name] and name not in fixed]
-    slopes = {name: _slope(table[name], str(found[name])) / prices[name] for name in free}
-    for name in sorted(slopes, key=lambda each: -slopes[each]):
-        structure = found[name]
-        assert structure is not None
-        if structure.group is not None or not structure.lowrank:
-            continue
-        shape = tuple(shapes[name])
-        most = structure.parameters(shape) + room // prices[name]
-        rank = min(
-            rank_within(shape, most, grid=structure.grid, split=structure.split), _next_rank(table[name], structure)
-        )
-        grown = Structure.factors(max(rank, structure.lowrank), grid=structure.grid, split=structure.split)
-        if grown.parameters(shape) < math.prod(shape):
-            room -= prices[name] * (grown.parameters(shape) - structure.parameters(shape))
-            found[name] = grown
+    found, left = dict(chosen), dict(room)
+    ranked = {
+        name: structure
+        for name, structure in chosen.items()
+        if name not in fixed and structure is not None and structure.group is None and structure.lowrank
+    }
+    slopes = {name: _slope(table.candidates[name], str(structure), room) for name, structure in ranked.items()}
+    for name in sorted(ranked, key=lambda each: -slopes[each]):
+        found[name], spent = _raised(table, name, ranked[name], left)
+        left = {kind: left[kind] - spent[kind] for kind in left}
     return found
+
+
+def _raised(table: Table, name: str, structure: Structure, room: Mapping[str, int]) -> tuple[Structure, dict[str, int]]:
+    """A layer's structure with the largest rank up to the next rung that there is room for, and what that takes."""
+    shape, low = table.named[name].shape, structure.lowrank
+    family: dict[str, Any] = {"grid": structure.grid, "split": structure.split}
+    most = min(rank_within(shape, math.prod(shape) - 1, **family), _next_rank(table.candidates[name], structure))
+    (had,) = table.priced(name, [structure])
+
+    def spent(rank: int) -> dict[str, int]:
+        (more,) = table.priced(name, [Structure.factors(rank, **family)])
+        return {kind: getattr(more, kind) - getattr(had, kind) for kind in room}
+
+    def too_large(rank: int) -> bool:
+        return any(taken > room[kind] for kind, taken in spent(rank).items())
+
+    rank = low + bisect_left(range(low + 1, most + 1), True, key=too_large)
+    return Structure.factors(rank, **family), spent(rank)
 
 
 def _rungs(table: Sequence[Candidate], structure: Structure) -> list[tuple[Structure, Candidate]]:
@@ -312,10 +323,12 @@ def _next_rank(table: Sequence[Candidate], structure: Structure) -> int:
     return min(above, default=1 << 30)
 
 
-def _slope(table: Sequence[Candidate], chosen: str) -> float:
-    """Loss saved for one more stored number, from the chosen candidate to the next larger one."""
+def _slope(table: Sequence[Candidate], chosen: str, room: Mapping[str, int]) -> float:
+    """Loss saved for the whole room, from the chosen candidate to the larger one that saves most for what it takes."""
     own = next((each for each in table if each.structure == chosen), None)
-    larger = [each for each in table if own and each.params > own.params]
-    if own is None or not larger:
+    if own is None:
         return 0.0
-    return max((own.loss - each.loss) / (each.params - own.params) for each in larger)
+    shares = {
+        each: max((getattr(each, kind) - getattr(own, kind)) / max(1, room[kind]) for kind in room) for each in table
+    }
+    return max(((own.loss - each.loss) / share for each, share in shares.items() if share > 0), default=0.0)

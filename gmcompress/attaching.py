@@ -193,8 +193,8 @@ def _zero_row(module: nn.Module, parameter: Tensor) -> int | None:
     return None if row is None or parameter[row].any() else row
 
 
-def exchange(model: nn.Module, layers: Mapping[str, GMLayer], *, inplace: bool = False) -> nn.Module:
-    """The model with these structured layers and weights in the places named; the rest is copied.
+def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool = False) -> nn.Module:
+    """The model with these layers and structured weights in the places named; the rest is copied.
 
     Raises:
         GMError: a name does not exist, the model cannot be copied, or inplace=True would have to replace the root.

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from .attaching import structured
 from .errors import GMError, shown
-from .groupconv import GroupConv, flat_signal
+from .groupconv import GroupConv
 from .groups import Group, axes_of, embed, factor_generators
 from .groups import group as parse
 from .groups.group import Indices
 from .liegrids import FACTORS
 from .motions import Motion, disc, motions, move, move_signal
+from .signals import flat_signal
 from .structure import distance, index_tensor
 from .surgery import run
 

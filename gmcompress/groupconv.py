@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -12,38 +12,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .errors import GMError, shown
-from .groups import Group, as_given, axes_of, ball, embed, factor_generators, word_lengths
+from .groups import Group, as_given, ball, embed, factor_generators, word_lengths
 from .groups import group as parse
 from .groups.group import Indices
 from .linalg import usual_strides
 from .separation import Factors, check_kind, combine, grid_of, separate, shapes
-from .stencils import Stencil, depthwise, multiply
+from .sharing import shared_tensor
+from .signals import flat_signal, shaped_signal
+from .stencils import Stencil, depthwise, find_stencil, multiply
 
 RESIDUALS = ("displacement", "row", "diagonal")
-
-
-def flat_signal(
-    signal: Tensor,  # (batch, channels, n) or (batch, channels, *axes)
-    group: Group,
-    channels: int | None = None,
-) -> Tensor:  # (batch, channels, n)
-    """The signal with the axes of a product group made one.
-
-    Raises:
-        GMError: the shape is neither, or the number of channels is another.
-    """
-    axes = axes_of(group)
-    fits = signal.dim() > 2 and tuple(signal.shape[2:]) in ((group.order,), axes)
-    if not fits or channels not in (None, signal.shape[1]):
-        wanted = f"(batch, {'channels' if channels is None else channels}, {group.order})"
-        more = f" or (batch, channels, {', '.join(map(str, axes))})" if len(axes) > 1 else ""
-        raise GMError(f"a signal on {group} has shape {wanted}{more}, but this one has {tuple(signal.shape)}")
-    return signal.flatten(2)
-
-
-def shaped_signal(flat: Tensor, group: Group, like: Tensor) -> Tensor:
-    """The signal with the axes of its group, where the one it was made from had axes."""
-    return flat if like.dim() == 3 else flat.reshape(*flat.shape[:2], *axes_of(group))
+TABLES = ("_main", "_inner", "_outer", "_rows", "_reads")  # the buffers
 
 
 class GroupConv(nn.Module):
@@ -124,7 +103,8 @@ class GroupConv(nn.Module):
             self.register_parameter(part, stored)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **made)) if bias else None)
-        self._tabulate(device)
+        self._choose_methods()
+        self.share_tables_(torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     # ------------------------------------------------------------------------------------------------- what it reads
@@ -140,7 +120,7 @@ class GroupConv(nn.Module):
         if self.kind not in ("nonseparable", "dseparable"):
             self.grid = grid_of(self.group, taps, self.factors)
             taps = self.group.table[np.ix_(*self.grid)].ravel()
-        self.stencil = Stencil(self.group, members, taps)
+        self.stencil = find_stencil(self.group, members, taps)
         lengths = word_lengths(self.group, metric)
         lengths[lengths < 0] = self.group.order
         if self.residual == "diagonal":  # places among the taps
@@ -173,12 +153,12 @@ class GroupConv(nn.Module):
             found["outer"] = self.stencil
         elif self.kind in ("separable", "dgseparable"):
             assert self.grid is not None
-            found["inner"] = Stencil(self.group, np.arange(self.group.order), self.grid[1])
-            found["outer"] = Stencil(self.group, self.stencil.members, self.grid[0])
+            found["inner"] = find_stencil(self.group, np.arange(self.group.order), self.grid[1])
+            found["outer"] = find_stencil(self.group, self.stencil.members, self.grid[0])
         return found
 
-    def _tabulate(self, device: torch.device | str | None) -> None:
-        """The way to multiply of every step, by cost, and the index arrays; none of them is saved."""
+    def _choose_methods(self) -> None:
+        """The way to multiply of every step, by cost."""
         self._steps = self._stencils()
         self.methods: dict[str, str] = {}
         for step, stencil in self._steps.items():
@@ -187,14 +167,44 @@ class GroupConv(nn.Module):
             else:
                 together = self.terms if step == "inner" else 1 + self.rank * (self.residual == "displacement")
                 self.methods[step] = stencil.method(together * self.out_channels, self.in_channels)
-        tables = {f"_{step}": stencil.table(self.methods[step]) for step, stencil in self._steps.items()}
-        if self.rank and self.residual == "row":
-            tables["_rows"] = self._freed
-            tables["_reads"] = self.stencil.reads[:, self._freed]  # (taps, r)
-        elif self.rank and self.residual == "diagonal":
-            tables["_reads"] = self.stencil.reads[self._freed]  # (r, m)
-        for name, table in tables.items():
-            self.register_buffer(name, torch.tensor(table, dtype=torch.int64, device=device), persistent=False)
+
+    def share_tables_(self, device: torch.device | str | None = None) -> None:
+        """Take the index arrays that all layers which read alike share on a device, by default where the kernel is."""
+        device = next(iter(self.parts().values())).device if device is None else device
+        for step, stencil in self._steps.items():
+            self.register_buffer(f"_{step}", stencil.tensor(self.methods[step], device), persistent=False)
+        if self.rank and self.residual != "displacement":
+            row, freed, reads = self.residual == "row", self._freed, self.stencil.reads
+            tables: dict[str, Callable[[], Indices]] = {"_rows": lambda: freed} if row else {}
+            tables["_reads"] = lambda: reads[:, freed] if row else reads[freed]  # (taps, r) or (r, m)
+            for name, make in tables.items():
+                key = (self.stencil, self.residual, name, freed.tobytes())
+                table = shared_tensor(key, make, dtype=torch.int64, device=device)
+                self.register_buffer(name, table, persistent=False)
+
+    def _without_tables(self) -> dict[str, Tensor | None]:
+        return {name: None if name in TABLES else each for name, each in self._buffers.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: everything but the index arrays."""
+        return super().__getstate__() | {"_buffers": self._without_tables()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares the index arrays with its original."""
+        super().__setstate__(state)
+        self.share_tables_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupConv:
+        """What `.to` and `.cuda` go through, which would give every layer index arrays of its own."""
+        self._buffers = self._without_tables()
+        super()._apply(fn, recurse)
+        self.share_tables_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """With assign=True the stored tensors may now be on another device."""
+        super()._load_from_state_dict(*args, **options)
+        self.share_tables_()
 
     # ------------------------------------------------------------------------------------------------------ weights
 
@@ -361,6 +371,19 @@ class GroupConv(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- other layers
 
+    def like(self, kind: str, *, factors: Factors | None = None, terms: int = 1) -> GroupConv:
+        """A layer of another kind of kernel and else as this one, its numbers drawn anew.
+
+        Raises:
+            GMError: the kind is unknown, or the group has no such factors.
+
+        >>> GroupConv("D4", 3, 5).like("separable", terms=2)
+        GroupConv('D4', 3, 5, separable='separable', terms=2)
+        """
+        options = self._options() | {"separable": kind, "factors": factors, "terms": terms}
+        made = GroupConv(self.group, self.in_channels, self.out_channels, **options)
+        return made.to(next(iter(self.parts().values()))).train(self.training)
+
     @torch.no_grad()
     def separated(self, kind: str, *, factors: Factors | None = None, terms: int = 1) -> GroupConv:
         """The layer of a separable kind whose kernel is nearest to this one's; residual and bias are taken along.
@@ -371,9 +394,7 @@ class GroupConv(nn.Module):
         >>> GroupConv("D4", 3, 5).separated("separable").outer.shape
         torch.Size([1, 5, 4])
         """
-        options = self._options() | {"separable": kind, "factors": factors, "terms": terms}
-        kernel = self.full_kernel()
-        made = GroupConv(self.group, self.in_channels, self.out_channels, **options).to(kernel)
+        kernel, made = self.full_kernel(), self.like(kind, factors=factors, terms=terms)
         number = {int(tap): place for place, tap in enumerate(made.stencil.taps)}
         at = torch.tensor([number[int(tap)] for tap in self.stencil.taps], device=kernel.device)
 
@@ -389,7 +410,7 @@ class GroupConv(nn.Module):
             given["filters"] = moved(self.filters)
         for name, tensor in (tensors | given).items():
             made.get_parameter(name).copy_(tensor)
-        return made.train(self.training)
+        return made
 
     def _options(self) -> dict[str, Any]:
         every = {

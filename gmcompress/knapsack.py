@@ -128,7 +128,7 @@ def _minimise(
     rows = [optimize.LinearConstraint(each_once, counts, counts)]
     if shifts:
         rows.append(optimize.LinearConstraint(costs.T, -np.inf, np.ldexp(problem.room, [-each for each in shifts])))
-    settings = {"mip_rel_gap": 0.0} | ({"time_limit": deadline - time.monotonic()} if deadline < inf else {})
+    settings = {"mip_rel_gap": 0.0} | ({"time_limit": max(0.0, deadline - time.monotonic())} if deadline < inf else {})
     with _silence():
         answer = optimize.milp(
             np.where(useful, loss / (top or 1.0), 0.0) * _SCALE,

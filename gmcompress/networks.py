@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import GMError, shown
-from .groupconv import GroupConv, flat_signal, shaped_signal
+from .groupconv import GroupConv
 from .groups import Group
 from .groups import group as parse
 from .lieconv import LieConv
 from .pooling import GroupPool, LiePool
+from .signals import flat_signal, shaped_signal
 
 HEADS = ("mean", "max", "flatten", "signal")
 NORMS = ("batch", "layer", "none")

@@ -9,9 +9,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .errors import GMError, shown
-from .groupconv import flat_signal, shaped_signal
 from .groups import Group, as_given, embed, transversal
 from .groups import group as parse
+from .signals import flat_signal, shaped_signal
 
 
 class _Tiling(nn.Module):

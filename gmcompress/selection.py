@@ -111,11 +111,9 @@ def select(
     if chosen is not None:
         return _selection(table, _choice(units, chosen - problem.first), missing)
     stuck = find_stuck(problem, deadline)
-    if stuck is None:
-        raise GMError(f"no choice within {_phrase(limits)} was found in {time_limit:g} s; raise one or the other")
-    kind, beside = list(limits)[stuck[0]], list(limits)[: stuck[0]]
-    smallest = _taken(table, _choice(units, stuck[1] - problem.first), kind)
-    raise _unreachable(kind, smallest, limits, fixed, totals, beside=beside)
+    if stuck is not None:
+        raise _exclusive(table, _choice(units, stuck[1] - problem.first), stuck[0], limits, fixed, totals)
+    raise GMError(f"no choice within {_phrase(limits)} was found in {time_limit:g} s; raise one or the other")
 
 
 def check_reachable(
@@ -125,15 +123,23 @@ def check_reachable(
     fixed_costs: Mapping[str, int] | None = None,
     totals: Mapping[str, int] | None = None,
     ties: Sequence[Sequence[str]] = (),
+    time_limit: float = 30.0,
 ) -> None:
-    """Refuse what `select` refuses because one of the limits is below the least that the candidates cost.
+    """Refuse limits that no choice meets, whatever the candidates lose, as far as that is found out in the time.
 
     Raises:
-        GMError: as `select`, but that limits which exclude each other are not found out.
+        GMError: as `select`, but that no choice was found in time.
     """
+    deadline = time.monotonic() + time_limit
     limits, fixed = _check_costs("limits", limits), _check_costs("fixed_costs", fixed_costs or {})
+    totals = _check_costs("totals", totals or {})
     _check_table(table, limits)
-    _posed(table, limits, fixed, _check_costs("totals", totals or {}), ties)
+    units, problem = _posed(table, limits, fixed, totals, ties)
+    problem = problem._replace(loss=np.zeros_like(problem.loss))
+    if len(limits) > 1 and solve(problem, deadline)[0] is None:
+        stuck = find_stuck(problem, deadline)
+        if stuck is not None:
+            raise _exclusive(table, _choice(units, stuck[1] - problem.first), stuck[0], limits, fixed, totals)
 
 
 def sweep(
@@ -301,6 +307,19 @@ def _check_table(table: Mapping[str, Sequence[Candidate]], limits: Mapping[str, 
 
 def _phrase(limits: Mapping[str, int]) -> str:
     return " and ".join(f"{limit:,} {KINDS[kind]}" for kind, limit in limits.items())
+
+
+def _exclusive(
+    table: Mapping[str, Sequence[Candidate]],
+    nearest: Mapping[str, int],  # the choice
+    place: int,  # of the limit that it does not meet, among the limits
+    limits: Mapping[str, int],
+    fixed: Mapping[str, int],
+    totals: Mapping[str, int],
+) -> GMError:
+    """What cannot be reached together with the limits before it."""
+    kind = list(limits)[place]
+    return _unreachable(kind, _taken(table, nearest, kind), limits, fixed, totals, beside=list(limits)[:place])
 
 
 def _unreachable(

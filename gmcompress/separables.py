@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import GMError
+from .errors import GMError, shown
+from .files import parse_json
 from .groupconv import GroupConv
 from .kinds import kind_of
 from .rules import Rules, listed, matching
@@ -32,7 +34,7 @@ def separate_layers(
     its group names no two factors, it is separable already, has hooks, or is tied. Rules are those of `compress`:
     globs, "re:" patterns or module types.
 
-    `save` writes such a model; `load` wants one that went through this function with the same arguments.
+    `save` writes such a model, and `load` rebuilds it on one like that given here.
 
     Raises:
         GMError: an unknown kind, a rule that matches nothing, a model without such layers, or all of them are left.
@@ -70,6 +72,46 @@ def separate_layers(
     return replace(model, made), rows
 
 
+def separations(model: nn.Module) -> dict[str, str]:
+    """The separable kernels of a model, by name of the layer: kind, terms and factors as JSON.
+
+    >>> separations(nn.Sequential(GroupConv("D4", 8, 8), GroupConv("D4", 8, 8, separable="separable")))
+    {'1': '{"kind": "separable", "terms": 1, "factors": null}'}
+    """
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, GroupConv)}
+    return {name: _told(each) for name, each in layers.items() if each.kind != "nonseparable"}
+
+
+def _told(layer: GroupConv) -> str:
+    factors = layer.factors
+    told = None if factors is None else [each if isinstance(each, str) else [int(e) for e in each] for each in factors]
+    return json.dumps({"kind": layer.kind, "terms": layer.terms, "factors": told})
+
+
+def like_told(layer: GroupConv, text: str) -> GroupConv:
+    """A layer with the kind, terms and factors of a text of `separations` and else as this one.
+
+    Raises:
+        GMError: it is no such JSON, or the group has no such factors.
+
+    >>> like_told(GroupConv("D4", 8, 8), '{"kind": "separable", "terms": 2, "factors": null}')
+    GroupConv('D4', 8, 8, separable='separable', terms=2)
+    """
+    found = parse_json(text, "a separable kernel")
+    if not isinstance(found, dict) or set(found) != {"kind", "terms", "factors"}:
+        raise GMError(f"a separable kernel is an object with the fields kind, terms and factors, not {shown(found)}")
+    factors = found["factors"]
+    if factors is not None and not (isinstance(factors, list) and all(map(_is_subgroup, factors))):
+        raise GMError(f"factors are two subgroups, each a text or elements, not {shown(factors)}")
+    made = layer.like(found["kind"], factors=factors, terms=found["terms"])
+    _keep_frozen(layer, made)
+    return made
+
+
+def _is_subgroup(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(type(each) is int for each in value))
+
+
 def _site(name: str, layer: GroupConv) -> Site:
     """What rules go by."""
     shape = (layer.out_channels, layer.in_channels, len(layer.stencil.taps))
@@ -101,10 +143,15 @@ def _separated(layer: GroupConv, kind: str, *, terms: int, factors: Factors | No
         return str(problem)
     if _numbers(made) >= _numbers(layer):
         return f"{kind} with {terms} terms would store {_numbers(made):,} numbers, the layer {_numbers(layer):,}"
-    for part, each in made.named_parameters():
-        old = layer._parameters.get(part)  # None for the factors of the kernel
-        each.requires_grad_((layer.kernel if old is None else old).requires_grad)
+    _keep_frozen(layer, made)
     return made
+
+
+def _keep_frozen(layer: GroupConv, made: GroupConv) -> None:
+    """What is frozen in the layer is in the other one; the parts that it lacks are frozen as its kernel is."""
+    for part, each in made.named_parameters():
+        old = layer._parameters.get(part)
+        each.requires_grad_((next(layer.parameters()) if old is None else old).requires_grad)
 
 
 @torch.no_grad()

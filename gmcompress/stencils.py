@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from . import spectra
 from .errors import GMError
 from .groups import Group, axes_of, cyclic
 from .groups.group import Indices
+from .sharing import shared_tensor
 from .spectra import Spectrum, correlate, spectrum, transform_macs
 
 MAX_DENSE = 1 << 22  # entries of a dense matrix: 16 MiB in float32
@@ -46,6 +48,9 @@ class Stencil:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Stencil:
         return self  # immutable, and its tables are large
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return find_stencil, (self.group, self.members, self.taps)
 
     @cached_property
     def reads(self) -> Indices:  # (t, m)
@@ -147,9 +152,26 @@ class Stencil:
             return self.taps
         return {"taps": lambda: self.reads, "dense": lambda: self.labels}.get(method, lambda: self._box().at)()
 
+    def tensor(self, method: str, device: torch.device | str | None = None) -> Tensor:
+        """The same array as a tensor, of which there is one on each device."""
+        return shared_tensor((self, method), lambda: self.table(method), dtype=torch.int64, device=device)
+
     def _box(self) -> Box:
         assert self.box is not None
         return self.box
+
+
+_STENCILS: WeakValueDictionary[tuple[object, ...], Stencil] = WeakValueDictionary()  # those that some layer holds
+
+
+def find_stencil(group: Group, members: Indices, taps: Indices) -> Stencil:
+    """The stencil of these, the same object for all who ask: its tables are made once.
+
+    >>> find_stencil(cyclic(6), np.arange(6), np.array([0])) is find_stencil(cyclic(6), np.arange(6), np.array([0]))
+    True
+    """
+    made = Stencil(group, members, taps)
+    return _STENCILS.setdefault((group, group.factors, members.tobytes(), taps.tobytes()), made)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Save and load compressed models: safetensors and JSON in a folder, no pickle, nothing imported by a name in a file.
 
-A folder holds `gmcompress.json` (format, structures, plan, dtypes, aliases of tied tensors, digests of the other
-files), `model.safetensors`, and `check.safetensors`: example inputs with the outputs they gave, which loading runs
-again.
+A folder holds `gmcompress.json` (format, structures and separable kernels by layer, plan, dtypes, aliases of tied
+tensors, digests of the other files), `model.safetensors`, and `check.safetensors`: example inputs with the outputs they
+gave, which loading runs again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .groupconv import GroupConv
 from .layers import GMWeight
 from .nesting import ROOT, by_name, nested, settings_text
 from .planning import Plan
 from .reporting import Result
+from .separables import like_told, separations
 from .surgery import Inputs, check_model, find_weight, run_seeded, shell
 
 FORMAT = 1
@@ -75,7 +77,7 @@ def save(
         warnings.warn(
             "saved without example inputs, so load() cannot run the model to check it; pass inputs=", stacklevel=2
         )
-    layers = {name: str(each.structure) for name, each in structured(model).items()}
+    layers = {name: str(each.structure) for name, each in structured(model).items()} | separations(model)
     content: dict[str, Any] = {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("gmcompress", "torch", "timm")}
@@ -229,9 +231,13 @@ def _built(source: Any, place: Path) -> nn.Module:
 def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, Tensor], place: Path) -> nn.Module:
     """A copy of the dense model with empty structured layers and weights in place, as the names of the tensors say."""
     try:
-        made = {}
+        made: dict[str, nn.Module] = {}
+        separable = separations(dense)
         for name, text in layers.items():
-            key = find_weight(dense, name)[1]
+            module, key = find_weight(dense, name)
+            if isinstance(module, GroupConv):
+                made |= {} if separable.get(name) == text else {name: like_told(module, text)}
+                continue
             path = name if key == "weight" else name.rpartition(".")[0]
             child = f"{path}.{CHILD}{key}." if path else f"{CHILD}{key}."
             layer = empty(dense, name, text, replaced=not any(each.startswith(child) for each in tensors))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
-from gmcompress.allocation import Sensitivity, fill
+from gmcompress.allocation import Sensitivity
 from gmcompress.candidates import Subject, plain_svd
 from gmcompress.factors import Metric
 from gmcompress.layers import GMLayer
@@ -267,30 +267,6 @@ def test_no_swap_for_plain_svd_improves_the_plan(seed: int) -> None:
 
     assert_no_swap(gm.plan(model, "C4", budget="60%"))
     must_fail(assert_no_swap, gm.plan(model, "C4", rank=0))
-
-
-def test_ranks_grow_into_what_is_left() -> None:
-    shape = (16, 16)
-    table = [Candidate(None, 256, 0, None, 0.0)]
-    table += [Candidate(f"lowrank:{r}", 32 * r, 0, None, 1 - r / 8) for r in (1, 4)]
-    small, tables = Structure.parse("lowrank:1"), {"a": table, "b": table}
-    shapes = dict.fromkeys("ab", shape)
-
-    def ranks(room: int, prices: tuple[int, int] = (1, 1), fixed: tuple[str, ...] = ()) -> list[int]:
-        each_of = dict(zip("ab", prices, strict=True))
-        found = fill({"a": small, "b": small}, shapes, room, tables, prices=each_of, fixed=fixed)
-        grown = {name: each.parameters(shape) - small.parameters(shape) for name, each in found.items()}
-        assert sum(each_of[name] * grown[name] for name in grown) <= room
-        return [each.lowrank for each in found.values()]
-
-    assert ranks(31) == [1, 1]
-    assert ranks(64) == [3, 1]
-    assert ranks(64, fixed=("a",)) == [1, 3]
-    assert ranks(128) == [4, 2], "up to the next rung, then the next layer"
-    assert ranks(128, (4, 2)) == [1, 3], "where a number takes fewer bytes"
-    assert ranks(383, (4, 2)) == [2, 4]
-    others = {"a": None, "b": Structure.parse("C4")}
-    assert fill(others, shapes, 99, tables, prices=dict.fromkeys("ab", 1)) == others
 
 
 def test_sensitivities_are_power_laws() -> None:

@@ -51,6 +51,18 @@ def test_every_row_runs_and_is_taken_over(modules: Any, tmp_path: Path, capsys: 
     assert [each["seed"] for each in lines(output)[len(first) :]] == [1, 1]
 
 
+def test_the_rows_of_the_results_would_be_taken_over(modules: Any) -> None:
+    """Unless their own command says otherwise, the recipes are those of the table."""
+    tables, rows = modules("tables"), modules("table_models").ROWS
+    found = lines(BENCHMARKS / "results" / "tables.jsonl")
+    assert found
+    for line in found:
+        row = next(each for each in rows if (each.table, each.name) == (line["table"], line["row"]))
+        options = tables.parse(["--smoke", "--epochs", str(line["recipe"]["epochs"])])
+        options.smoke = line["smoke"]
+        assert line.items() >= json.loads(json.dumps(tables.settings(row, options))).items()
+
+
 def test_a_seed_is_one_result(modules: Any, tmp_path: Path) -> None:
     tables = modules("tables")
     for seed in ("0", "0", "1"):

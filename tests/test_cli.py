@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_data import write_images
 
 from gmcompress.cli import main
-from gmcompress.cli.commands import COMMANDS, make_parser
+from gmcompress.cli.commands import COMMANDS
+from gmcompress.cli.line import make_parser
 from gmcompress.cli.printing import Table, show, watching
 from gmcompress.runs import Settings, setting_kinds
 

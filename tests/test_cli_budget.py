@@ -11,8 +11,8 @@ from test_runs_budget import DIGITS, NETWORK, QUICK, shorten, write_dense
 
 import gmcompress as gm
 from gmcompress.cli import main
-from gmcompress.cli.commands import make_parser
 from gmcompress.cli.flags import parse
+from gmcompress.cli.line import make_parser
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -11,8 +11,8 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "nesting"),
-    ("fourier", "fewrows"),
+    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "nesting", "sharing"),
+    ("fourier", "fewrows", "signals"),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "calibration", "rules", "separation", "stencils"),
     ("products",),

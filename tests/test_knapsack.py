@@ -4,9 +4,12 @@ import ctypes
 import os
 import sys
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.optimize
 from test_selection import KNAPSACK, assert_earlier_lose_less, with_milp
 
 from gmcompress.errors import GMError
@@ -17,6 +20,21 @@ def test_without_scipy_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(GMError, match="needs the package 'scipy'"):
         select(KNAPSACK, {"params": 50})
+
+
+def test_time_that_runs_out_on_the_way_to_the_solver_is_none(monkeypatch):
+    """As on a machine that does much else: of 30 s, 40 have passed when the solver is told how many are left."""
+    told, real = [], scipy.optimize.milp
+
+    def milp(*args, options, **rest):
+        told.append(options.get("time_limit", 0.0))
+        return real(*args, options=options, **rest)
+
+    monkeypatch.setattr(scipy.optimize, "milp", milp)
+    monkeypatch.setattr("gmcompress.selection.time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr("gmcompress.knapsack.time", SimpleNamespace(monotonic=count(20.0, 20.0).__next__))
+    assert select(KNAPSACK, {"params": 50}, time_limit=30).loss == 60
+    assert told[0] == 0
 
 
 def chatter(answer):

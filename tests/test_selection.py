@@ -11,7 +11,7 @@ from conftest import must_fail
 
 from gmcompress.budgets import KINDS
 from gmcompress.errors import GMError
-from gmcompress.selection import Candidate, Selection, select, sweep
+from gmcompress.selection import Candidate, Selection, check_reachable, select, sweep
 
 CASES = {  # the kinds of cost that are limited, and whether layers are tied
     "params": (("params",), False),
@@ -336,6 +336,24 @@ def test_limits_that_exclude_each_other():
     with pytest.raises(GMError, match=message):
         select(table, {"params": 10, "macs": 59}, totals={"macs": 100})
     assert select(table, {"params": 10, "macs": 60}).loss == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_out_of_reach_is_known_from_the_costs_alone(case):
+    """Each limit alone, and all of them together."""
+    refused = 0
+    for seed in range(60):
+        subject = market(seed, case)
+        if slow_select(**subject) is None:
+            with pytest.raises(GMError, match=r"cannot be reached|share none") as early:
+                check_reachable(**subject)
+            with pytest.raises(GMError) as late:
+                select(**subject)
+            assert str(early.value).partition("; the largest")[0] == str(late.value).partition("; the largest")[0]
+            refused += " together with " in str(early.value)
+        else:
+            check_reachable(**subject)
+    assert (refused > 0) == (len(CASES[case][0]) > 1)
 
 
 def test_no_choice_found_in_time_is_not_called_unreachable():

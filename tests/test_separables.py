@@ -9,6 +9,7 @@ from conftest import assert_close, must_fail
 from torch import Tensor, nn
 
 import gmcompress as gm
+from gmcompress.separables import like_told
 from gmcompress.separation import KINDS
 
 TRAINED: dict[str, Any] = {
@@ -104,15 +105,56 @@ def test_what_is_left_says_why() -> None:
 
 
 def test_saved_loaded_and_tuned(tmp_path) -> None:
-    small, _ = gm.separate_layers(network(), "separable")
+    """On the model as it was before, and on one that is separable already."""
+    frozen = network()
+    frozen.features[0].requires_grad_(False)
+    small, _ = gm.separate_layers(frozen, "separable", terms=2, exclude="features.4")
     gm.save(small, tmp_path / "small", inputs=images())
-    loaded = gm.load(tmp_path / "small", gm.separate_layers(network(), "separable")[0])
-    assert_close(loaded(images()), small(images()))
-    with pytest.raises(gm.GMError, match="was saved from another model"):
-        gm.load(tmp_path / "small", network())
+    other_kind, _ = gm.separate_layers(network(), "dseparable", exclude="features.4")
+    for ready in (frozen, network(), other_kind, small):
+        loaded = gm.load(tmp_path / "small", ready)
+        assert repr(loaded.features) == repr(small.features) != repr(frozen.features)
+        assert_close(loaded(images()), small(images()))
+        asked = [each.requires_grad for each in loaded.features[0].parameters()]
+        assert asked == [ready not in (frozen, small)] * len(asked)
+    for other in (network(radius=1), network(channels=(8, 8)), nn.Linear(2, 2)):
+        with pytest.raises(gm.GMError, match="was saved from another model"):
+            gm.load(tmp_path / "small", other)
     loader = [(images(), torch.zeros(3, dtype=torch.int64))]
     tuned = gm.tune(small, loader, teacher=network(), epochs=1, lr=0.01)
-    assert not torch.equal(tuned.features[0].outer, small.features[0].outer)
+    assert not torch.equal(tuned.features[4].kernel, small.features[4].kernel)
+    assert torch.equal(tuned.features[0].outer, small.features[0].outer), "frozen"
+
+
+def test_factors_and_compressed_layers_beside_them_come_back(tmp_path) -> None:
+    """Given as subgroups, by name or by what generates them, in a model that is compressed too."""
+    model = nn.Sequential(gm.GroupConv("D4", 2, 8), gm.GroupConv("C2xC4", 8, 8), nn.Flatten(), nn.Linear(64, 64)).eval()
+    for kind, factors in (("separable", ([2], [1])), ("gseparable", ("C2xC1", "C1xC4"))):
+        small, _ = gm.separate_layers(model, kind, factors=factors, include="0" if kind == "separable" else "1")
+        small = gm.compress(small, "C4", rank=1, include="3").model
+        x = torch.randn(2, 2, 8)
+        gm.save(small, tmp_path / "small", inputs=x)
+        loaded = gm.load(tmp_path / "small", model)
+        assert_close(loaded(x), small(x))
+        assert repr(loaded[3]) == repr(small[3])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("C4", "not readable as JSON"),
+        ("[]", "with the fields kind, terms and factors"),
+        ('{"kind": "separable", "terms": 1}', "with the fields"),
+        ('{"kind": "separable", "terms": 1, "factors": [1, 2]}', "each a text or elements"),
+        ('{"kind": "separable", "terms": 1, "factors": ["C4"]}', "factors are two subgroups"),
+        ('{"kind": "separable", "terms": 0, "factors": null}', "terms is an integer"),
+        ('{"kind": "separabel", "terms": 1, "factors": null}', "no kind of separable kernel"),
+        ('{"kind": [], "terms": 1, "factors": null}', "no kind of separable kernel"),
+    ],
+)
+def test_what_a_file_says_of_a_kernel_is_checked(text: str, said: str) -> None:
+    with pytest.raises(gm.GMError, match=said):
+        like_told(gm.GroupConv("D4", 8, 8), text)
 
 
 @pytest.mark.parametrize("separated", [False, True])

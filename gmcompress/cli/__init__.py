@@ -1,5 +1,5 @@
 """The command line: argparse -> one public call -> print."""
 
-from .commands import main
+from .line import main
 
 __all__ = ["main"]

@@ -33,6 +33,7 @@ class Run:
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, loader: Iterable[Any], recipe: Recipe) -> None:
+        from accelerate import DistributedDataParallelKwargs
         from timm.optim import create_optimizer_v2
         from timm.utils import ModelEmaV3
 
@@ -55,7 +56,12 @@ class Run:
         self.annealing = Annealing(model, self.teacher, share=recipe.anneal if recipe.epochs or recipe.minutes else 0.0)
         for each in [model] if self.ema is None else [model, self.ema.module]:
             self.annealing.attach(each)
-        self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, loader)
+        self.model, self.stepper = model, self.optimizer
+        self.loader: Any = loader
+        if self.accelerator.distributed_type.startswith("MULTI_"):  # torch's DistributedDataParallel
+            self.loader = self.accelerator.prepare(loader)
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self.leaves_some())
+        self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, self.loader)
         self.steps = len(self.loader)  # in an epoch, of this process, where there are several
 
     def state(self) -> dict[str, Any]:
@@ -94,6 +100,26 @@ class Run:
                     wanted = logits_of(call(self.teacher, inputs))
         loss = distillation_loss(found, wanted, labels, self.recipe)
         return loss if compared is None else loss + features * compared.weight * compared.loss(ours, theirs)
+
+    def leaves_some(self) -> bool:
+        """Whether the loss of a first batch leaves a trainable parameter without a gradient, in any of the processes.
+
+        Such a head, which no output reaches, would stall the processes unless they looked for it at every step. All is
+        as before: weights, statistics, gradients, modes and random numbers, those of the loader too.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        drawing = getattr(self.loader, "synchronized_generator", None)  # of a loader that accelerate prepared
+        drawn = None if drawing is None else drawing.get_state()
+        with own_random_numbers(), self.taken_back():
+            self.model.train()
+            self.loss(next(iter(self.loader), None), features=1.0).backward()
+        left = any(each.requires_grad and each.grad is None for each in self.model.parameters())
+        self.model.zero_grad()
+        for module, mode in modes.items():
+            module.training = mode
+        if drawing is not None:
+            drawing.set_state(drawn)
+        return self.mean(float(left)) > 0
 
     def step(self, batch: Any, *, at: int, of: int, peak: float, warmup: float) -> float:
         """One step of the optimizer, and its loss."""
@@ -205,17 +231,12 @@ def _check_length(loader: Iterable[Any]) -> None:
 
 
 def _accelerator(recipe: Recipe) -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     on_cpu = recipe.device is not None and torch.device(recipe.device).type == "cpu"
     cuda = torch.cuda.is_available() and not on_cpu
-    options = {
-        "mixed_precision": recipe.amp or ("bf16" if cuda else "no"),
-        "cpu": on_cpu,
-        # a head that no output reaches must not stall the other processes
-        "kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)],
-    }
+    options = {"mixed_precision": recipe.amp or ("bf16" if cuda else "no"), "cpu": on_cpu}
     try:
         return Accelerator(**options)
     except ValueError:  # accelerate keeps the settings of the first Accelerator of a process; this one differs

@@ -1,33 +1,28 @@
-"""The HTML page of a report: one self-contained file, figures inside it, from plain data alone."""
+"""The figures of the page, drawn by matplotlib, as SVG in the colours of the page."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .tables import percent
+from ..tables import percent
+from .words import NOT_MEASURED, Row, drawable, drawable_column, short_name, shown
 
 if TYPE_CHECKING:  # imported where it draws: it takes as long to import as half of torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
-
-NOT_MEASURED = "not measured"
 WIDTH, LEGEND, AXIS = 520.0, 30.0, 44.0  # of a figure, the strip above its axes and the one below; in SVG units
 ROWS_HEIGHT, ROW = 640.0, 20.0  # of all rows of a figure together, and of one row, at most
 LETTER = 6.1  # width of a letter of a layer's name in a figure
-NAME = 32  # letters of a layer's name that a figure shows
 MARKERS = {"o": 1.1, "s": 0.95, "D": 0.75}  # and their sizes, so that one shows behind another
 COLOURS = {  # of page and figures: by day, by night
     "page": ("#f6f7f9", "#101216"),
@@ -40,36 +35,6 @@ COLOURS = {  # of page and figures: by day, by night
     "other": ("#d9730d", "#f2a14f"),
     "worse": ("#b45309", "#f0b057"),
 }
-LABELS = {  # fields of Metrics whose names do not speak for themselves
-    "macs": "multiply-adds, by formula over the layers",
-    "counted_macs": "multiply-adds, as torch counts them",
-    "latency_ms": "latency in ms, median",
-    "latency_spread_ms": "latency in ms, distance between quartiles",
-    "inputs": "example inputs",
-}
-COLUMNS = {  # numbers of one layer, and what is written above them
-    "dense": "dense numbers",
-    "stored": "stored numbers",
-    "kept": "kept",
-    "relative_error": "relative error",
-    "svd_error": "plain SVD error",
-    "distance_before": "distance before",
-    "distance_compressed": "distance compressed",
-    "distance_tuned": "distance fine-tuned",
-    "displacement_rank": "displacement rank",
-    "generator_displacement_rank": "generator displacement rank",
-    "dense_ms": "dense product, ms",
-    "structured_ms": "fast product, ms",
-}
-
-
-class Tile(NamedTuple):
-    """One big number, what it is, a line below it, and whether it is worse than in the dense model."""
-
-    label: str
-    value: str
-    note: str = ""
-    worse: bool = False
 
 
 class Drawing(NamedTuple):
@@ -80,162 +45,8 @@ class Drawing(NamedTuple):
     words: Sequence[str]
 
 
-def render_html(report: Mapping[str, Any]) -> str:
-    """The page for the data of a Report: its fields as plain data, with its "summary" and "savings".
-
-    The page needs no other file, no network and no script; the same data give the same page, letter by letter.
-    """
-    layers = report["layers"]
-    columns = _layer_columns(layers)
-    environment = Environment(
-        loader=PackageLoader("gmcompress"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"shown": shown, "layer_name": layer_name}
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        colours=COLOURS,
-        tiles=_tiles(report),
-        figures=_figures(layers, report["history"]),
-        metrics=_metric_rows(report["before"], report["after"]),
-        columns=columns,
-        cells=[_layer_cells(number, row, columns) for number, row in enumerate(layers, 1)],
-        skipped=_skipped_rows(report["plan"]),
-        settings={key: _setting(value) for key, value in report["settings"].items()},
-    )
-
-
-def shown(value: Any) -> str:
-    """A field as the page prints it.
-
-    >>> shown(1234567), shown(0.12345), shown(0.00001), shown(None), shown("cpu")
-    ('1,234,567', '0.123', '1.0e-05', 'not measured', 'cpu')
-    """
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:,.3f}"
-
-
-def layer_name(name: str) -> str:
-    """The name of a layer, made visible.
-
-    >>> layer_name(""), layer_name("fc"), layer_name(chr(10))
-    ('(root)', 'fc', '\\\\n')
-    """
-    if not name:
-        return "(root)"
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
-
-
-def _short(name: str) -> str:
-    """A long name without its middle."""
-    name, tail = layer_name(name), NAME // 3
-    return name if len(name) <= NAME else f"{name[: NAME - tail - 1]}…{name[-tail:]}"
-
-
-def _setting(value: Any) -> str:
-    """A setting as a configuration file would have it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _number(value: Any) -> float:
-    """A number to draw; nan, which leaves a gap, for anything else."""
-    drawable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if drawable else math.nan
-
-
-def _numbers(rows: Iterable[Row], key: str) -> list[float]:
-    return [_number(row.get(key)) for row in rows]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The big numbers and the tables.
-
-
-def _tiles(report: Mapping[str, Any]) -> list[Tile]:
-    before, after = report["before"], report["after"]
-    whats = (("parameters", "parameters kept"), ("bytes", "bytes kept"), ("macs", "multiply-adds vs dense"))
-    tiles = [_share_tile(label, before[what], after[what]) for what, label in whats]
-    return [*tiles, _latency_tile(before, after), _accuracy_tile(report["accuracy"])]
-
-
-def _share_tile(label: str, old: int | None, new: int | None) -> Tile:
-    if old is None or new is None:
-        return Tile(label, NOT_MEASURED)
-    words = "more than the dense model: " if new > old else ""
-    return Tile(label, percent(new, old), f"{words}{old:,} → {new:,}", worse=new > old)
-
-
-def _latency_tile(before: Row, after: Row) -> Tile:
-    """The ratio of the latencies; one within the spread of the runs is called no clear difference."""
-    old, new = before["latency_ms"], after["latency_ms"]
-    if not old or new is None:
-        return Tile("latency vs dense", NOT_MEASURED)
-    noise = max(before["latency_spread_ms"] or 0.0, after["latency_spread_ms"] or 0.0)
-    if abs(new - old) <= noise:
-        words = "no clear difference from the dense model"
-    else:
-        words = "slower than the dense model" if new > old else "faster than the dense model"
-    return Tile("latency vs dense", f"×{new / old:.2f}", f"{words}: {old:.2f} → {new:.2f} ms", worse=new - old > noise)
-
-
-def _accuracy_tile(accuracy: Mapping[str, float]) -> Tile:
-    dense, compressed, tuned = (accuracy.get(key) for key in ("dense", "compressed", "tuned"))
-    last, what = (compressed, "compressed") if tuned is None else (tuned, "fine-tuned")
-    if dense is None and last is None:
-        return Tile("accuracy in %", NOT_MEASURED)
-    if dense is None or last is None:
-        only, value = ("dense", dense) if last is None else (what, last)
-        return Tile("accuracy in %", f"{value:.2f}", f"{only} only")
-    note = f"dense → {what}: {last - dense:+.2f} points"
-    if tuned is not None and compressed is not None:
-        note += f"; {compressed:.2f} before fine-tuning"
-    return Tile("accuracy in %", f"{dense:.2f} → {last:.2f}", note, worse=last < dense)
-
-
-def _metric_rows(before: Row, after: Row) -> list[tuple[str, str, str]]:
-    return [(LABELS.get(name, name.replace("_", " ")), shown(before[name]), shown(after[name])) for name in before]
-
-
-def _layer_columns(layers: Sequence[Row]) -> dict[str, str]:
-    """The headings of the numeric columns of the table of layers; one that no layer has is left out."""
-    return {
-        key: heading
-        for key, heading in COLUMNS.items()
-        if key == "kept" or any(row.get(key) is not None for row in layers)
-    }
-
-
-def _layer_cells(number: int, row: Row, columns: Iterable[str]) -> dict[str, Any]:
-    cells = {key: shown(row.get(key)) for key in columns} | {"kept": percent(row["stored"], row["dense"])}
-    if row.get("distance_before", 0) is None:  # this layer has no group part
-        cells |= {key: "–" for key in columns if key.startswith("distance_") or key.endswith("displacement_rank")}
-    elif "displacement_rank" in columns and row.get("displacement_rank", 0) is None:
-        cells["displacement_rank"] = "not defined"  # the rows of this layer are not the group itself
-    ours, control = _number(row.get("relative_error")), _number(row.get("svd_error"))
-    nearer = "relative_error" if ours < control else "svd_error" if control < ours else ""
-    return {"number": number, "layer": row["layer"], "structure": row["structure"], "cells": cells, "nearer": nearer}
-
-
-def _skipped_rows(plan: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(layer, shape, numbers, reason) of every layer left dense."""
-    shapes = {site["name"]: site["shape"] for site in plan["sites"]}
-    rows = []
-    for name, reason in plan["skipped"].items():
-        shape = shapes.get(name)
-        size = ("–", "–") if shape is None else ("×".join(map(str, shape)), f"{math.prod(shape):,}")
-        rows.append((name, *size, reason))
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures. They are drawn in the colours of the day, each of which the page then exchanges for its CSS variable.
-
-
-def _figures(layers: Sequence[Row], history: Sequence[Row]) -> list[Drawing]:
+def draw(layers: Sequence[Row], history: Sequence[Row]) -> list[Drawing]:
+    """The figures for which there are numbers, in the colours of the day, each of which becomes a variable of CSS."""
     with _matplotlib():
         drawn = [_sizes(layers), _errors(layers), _distances(layers)] if layers else []
         drawings = [each for each in drawn if each is not None]
@@ -278,7 +89,7 @@ def _row_axes(layers: Sequence[Row]) -> tuple[Figure, Axes, float]:
     """A figure with one row per layer, in the order of the model, and the height of a row; many layers share names."""
     from matplotlib.figure import Figure
 
-    names = [_short(row["layer"]) for row in layers]
+    names = [short_name(row["layer"]) for row in layers]
     row = min(ROW, ROWS_HEIGHT / len(names))
     step = math.ceil(13 / row)  # a name needs 13 units
     height = LEGEND + row * len(names) + AXIS
@@ -313,7 +124,7 @@ def _dots(axes: Axes, values: Sequence[float], label: str, marker: str, colour: 
 def _sizes(layers: Sequence[Row]) -> Drawing:
     from matplotlib.ticker import EngFormatter
 
-    dense, stored = ([max(each, 1.0) for each in _numbers(layers, key)] for key in ("dense", "stored"))
+    dense, stored = ([max(each, 1.0) for each in drawable_column(layers, key)] for key in ("dense", "stored"))
     figure, axes, _ = _row_axes(layers)
     axes.barh(range(len(layers)), dense, 0.72, label="dense", color=COLOURS["dense"][0])
     axes.barh(range(len(layers)), stored, 0.36, label="stored now", color=COLOURS["ours"][0])
@@ -337,7 +148,7 @@ def _naming(layers: Sequence[Row]) -> list[str]:
 
 
 def _errors(layers: Sequence[Row]) -> Drawing:
-    ours, control = _numbers(layers, "relative_error"), _numbers(layers, "svd_error")
+    ours, control = drawable_column(layers, "relative_error"), drawable_column(layers, "svd_error")
     figure, axes, row = _row_axes(layers)
     axes.hlines(range(len(layers)), ours, control, color=COLOURS["dense"][0], linewidth=min(2.0, 0.4 * row))
     _dots(axes, control, "plain SVD", "D", "other", row)
@@ -386,7 +197,7 @@ def _distances(layers: Sequence[Row]) -> Drawing | None:
         ("distance_compressed", "compressed", "o", "ours"),
         ("distance_tuned", "fine-tuned", "D", "other"),
     ):
-        values = _numbers(layers, key)
+        values = drawable_column(layers, key)
         known = [each for each in values if not math.isnan(each)]
         if known:
             _dots(axes, values, label, marker, colour, row)
@@ -407,10 +218,10 @@ def _curves(history: Sequence[Row]) -> Drawing | None:
 
     keys = dict.fromkeys(["loss", *(key for row in history for key in row)])
     names = [key for key in keys if key not in ("epoch", "lr", "seconds")]
-    panels = {key: values for key in names if not all(map(math.isnan, values := _numbers(history, key)))}
+    panels = {key: values for key in names if not all(map(math.isnan, values := drawable_column(history, key)))}
     if not panels:
         return None
-    epochs = [_number(row.get("epoch", number)) for number, row in enumerate(history)]
+    epochs = [drawable(row.get("epoch", number)) for number, row in enumerate(history)]
     size, left, height = 150.0, 58.0, 150.0 * len(panels) + AXIS - 10
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     for place, (name, values) in enumerate(panels.items(), 1):
