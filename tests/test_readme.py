@@ -1,10 +1,12 @@
 """Every code block of the README runs: Python as it stands, the command line on a small folder of images."""
 
+import importlib
 import json
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -212,3 +214,30 @@ def test_the_tables_of_coverage_are_those_of_the_benchmark():
         if row.get("reached", 1) < 0.6
     }
     assert table("coverage low") == low
+
+
+def dynamics_lines(rows: list[dict[str, Any]]) -> set[str]:
+    """Mean and spread over the seeds, in thousandths, of every network."""
+    found = set()
+    for name in dict.fromkeys(row["row"] for row in rows):
+        own = [row for row in rows if row["row"] == name]
+        cells = []
+        for field in ("velocity", "density"):
+            for part in ("future", "domain"):
+                errors = [1000 * row[part][field] for row in own]
+                spread = f" ± {stdev(errors):.1f}" if len(errors) > 1 else ""
+                cells.append(f"{fmean(errors):.1f}{spread}")
+        found.add(f"| {name} | {own[0]['parameters']:,} | {len(own)} | {' | '.join(cells)} |")
+    return found
+
+
+def test_the_table_of_dynamics_is_that_of_the_benchmark(monkeypatch):
+    rows = results("dynamics")
+    still = {row["row"]: row["unchanged"] for row in rows}[rows[0]["row"]]
+    cells = [f"{1000 * still[part][field]:.1f}" for field in ("velocity", "density") for part in ("future", "domain")]
+    assert table("dynamics") == dynamics_lines(rows) | {f"| nothing changes | – | – | {' | '.join(cells)} |"}
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ahead = importlib.import_module("dynamics").verdict(rows)
+    said = {part: f"{part.title()}: {'ahead' if won else 'not ahead'} of all others" for part, won in ahead.items()}
+    text = (ROOT / "README.md").read_text()
+    assert all(sentence in text for sentence in said.values())
