@@ -23,6 +23,7 @@ from gmcompress.tables import make_table
 
 SIMULATIONS = (24, 8)  # to learn from, and of each kind to judge by
 HORIZON = 10  # steps of a forecast that is judged
+KINDS = {f"{name}, {part.title()}": (part, name) for name in ("velocity", "density") for part in JUDGED}
 
 
 @dataclass
@@ -120,43 +121,47 @@ def measure(bench: Bench, row: Row, seed: int) -> None:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Whether the best of our networks is ahead of every other by more than the larger spread of the two, by part.
+    """Whether the first of our networks is ahead of all others' by more than the larger spread of the two, by `KINDS`.
 
     Raises:
         GMError: there are no rows of ours, or none of others.
     """
-    found = {}
-    for part in JUDGED:
-        sides: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-        for name in dict.fromkeys(row["row"] for row in rows):
-            own = [row for row in rows if row["row"] == name]
-            sides[own[0]["ours"]].append(summary({"error": [row[part]["velocity"] for row in own]}))
-        if not sides[True] or not sides[False]:
-            raise GMError("to compare, rows of ours and of others are needed")
-        ours = min(sides[True], key=lambda each: each["error"])
-        found[part] = all(
-            other["error"] - ours["error"] > max(each["spread"]["error"] or 0.0 for each in (ours, other))
+    sides: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for name in dict.fromkeys(row["row"] for row in rows):
+        own = [row for row in rows if row["row"] == name]
+        sides[own[0]["ours"]].append(over_seeds(own))
+    if not sides[True] or not sides[False]:
+        raise GMError("to compare, rows of ours and of others are needed")
+    ours = sides[True][0]
+    return {
+        kind: all(
+            other[kind] - ours[kind] > max(each["spread"][kind] or 0.0 for each in (ours, other))
             for other in sides[False]
         )
-    return found
+        for kind in KINDS
+    }
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of the errors of one network, in thousandths, by `KINDS`."""
+    return summary({kind: [1000 * row[part][name] for row in rows] for kind, (part, name) in KINDS.items()})
 
 
 def print_table(bench: Bench) -> None:
-    """All rows, beside the forecast that nothing changes, in thousandths."""
-    kinds = {f"{part.title()}, {name}": (part, name) for name in ("velocity", "density") for part in JUDGED}
+    """All rows, beside the forecast that nothing changes."""
     shown = []
-    for row in dict.fromkeys(each["row"] for each in bench.rows):
-        own = [each for each in bench.rows if each["row"] == row]
-        found = summary({kind: [1000 * each[part][name] for each in own] for kind, (part, name) in kinds.items()})
-        shown.append((row, f"{own[0]['parameters']:,}", *(cell(found, kind) for kind in kinds)))
+    for name in dict.fromkeys(row["row"] for row in bench.rows):
+        own = [row for row in bench.rows if row["row"] == name]
+        found = over_seeds(own)
+        shown.append((name, f"{own[0]['parameters']:,}", *(cell(found, kind) for kind in KINDS)))
     still = bench.rows[0]["unchanged"]
-    shown.append(("nothing changes", "-", *(f"{1000 * still[part][name]:.2f}" for part, name in kinds.values())))
+    shown.append(("nothing changes", "-", *(f"{1000 * still[part][name]:.2f}" for part, name in KINDS.values())))
     title = f"dynamics: errors over {HORIZON} steps, in thousandths of a cell per step and of the density"
-    columns = ("network", "parameters#", *(f"{kind}#" for kind in kinds))
+    columns = ("network", "parameters#", *(f"{kind}#" for kind in KINDS))
     bench.console.print(make_table(title, columns, shown))
     if {row["ours"] for row in bench.rows} == {True, False}:
         said = {True: "ahead of all others", False: "not ahead of all others"}
-        bench.console.print(", ".join(f"{part}: ours {said[won]}" for part, won in verdict(bench.rows).items()))
+        bench.console.print("; ".join(f"{kind}: {said[won]}" for kind, won in verdict(bench.rows).items()))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -134,38 +134,39 @@ class Row:
 INPUTS = SEEN * FIELDS
 
 
-def group_matrices(gates: int, width: int, radius: int, subgroup: str, coarse: int) -> nn.Module:
-    """Group convolutions on the torus, one of them by way of a subgroup, behind as many channels of gates."""
+def group_matrices(gates: int, width: int, inner: int, radius: int, subgroup: str, coarse: int) -> nn.Module:
+    """Group convolutions on the torus, the second by way of a subgroup, behind as many channels of gates."""
 
     def made(place: int, i: int, o: int) -> nn.Module:
         if place == 1:
             return Coarse(o, subgroup, coarse, radius=radius)
         return gm.GroupConv(GROUP, i, o, radius=radius)
 
-    layers = Layers((INPUTS + gates, width, width, width, FIELDS), made)
+    layers = Layers((INPUTS + gates, *[width] * inner, FIELDS), made)
     if not gates:
         return layers
     return Gated(gm.GroupConv(GROUP, INPUTS, gates, radius=0, rank=1, residual="diagonal"), layers)
 
 
-def convolutions(width: int, size: int, *, relaxed: int = 0, banks: int = 2) -> nn.Module:
-    """Four convolutions on the torus, the first `relaxed` of them relaxed."""
+def convolutions(width: int, size: int, *, inner: int = 3, relaxed: int = 0, banks: int = 2) -> nn.Module:
+    """Convolutions on the torus, the first `relaxed` of them relaxed; `inner` of them besides the last."""
 
     def made(place: int, i: int, o: int) -> nn.Module:
         if place < relaxed:
             return RelaxedConv(i, o, size, banks=banks)
         return nn.Conv2d(i, o, size, padding=size // 2, padding_mode="circular")
 
-    return Layers((INPUTS, width, width, width, FIELDS), made)
+    return Layers((INPUTS, *[width] * inner, FIELDS), made)
 
 
 def _rows() -> tuple[Row, ...]:
     """Each network as written and as built."""
-    own: dict[str, Any] = {"gates": 2, "width": 16, "radius": 2, "subgroup": "C8xC8", "coarse": 12}
+    own: dict[str, Any] = {"gates": 2, "width": 23, "inner": 4, "radius": 1, "subgroup": "C8xC8", "coarse": 8}
     every = (
         ("group matrices", group_matrices, own),
         ("group matrices, without gates", group_matrices, own | {"gates": 0}),
         ("plain CNN", convolutions, {"width": 24, "size": 3}),
+        ("plain CNN, deeper", convolutions, {"width": 17, "size": 3, "inner": 5}),
         ("relaxed in every layer", convolutions, {"width": 8, "size": 3, "relaxed": 4}),
         ("relaxed in the first layer", convolutions, {"width": 20, "size": 3, "relaxed": 1}),
     )

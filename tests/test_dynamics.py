@@ -219,10 +219,14 @@ def test_ahead_is_ahead_of_every_other_by_more_than_the_spread(modules: Any) -> 
     verdict = modules("dynamics").verdict
 
     def row(name: str, ours: bool, future: float, domain: float) -> dict[str, Any]:
-        return {"row": name, "ours": ours, "future": {"velocity": future}, "domain": {"velocity": domain}}
+        errors = {"future": {"velocity": future, "density": 1.0}, "domain": {"velocity": domain, "density": 1.0}}
+        return {"row": name, "ours": ours, **errors}
 
     rows = [row("a", True, 1.0, 1.0), row("a", True, 1.2, 3.0), row("b", False, 2.0, 2.2), row("c", False, 9.0, 9.0)]
-    assert verdict(rows) == {"future": True, "domain": False}
-    assert verdict([*rows, row("d", True, 9.0, 1.9)]) == {"future": True, "domain": True}
+    behind = {"density, Future": False, "density, Domain": False}
+    assert verdict(rows) == {"velocity, Future": True, "velocity, Domain": False, **behind}
+    assert verdict(rows[1:]) == {"velocity, Future": True, "velocity, Domain": False, **behind}
+    assert verdict([rows[0], *rows[2:]]) == {"velocity, Future": True, "velocity, Domain": True, **behind}
+    assert verdict([*rows, row("d", True, 0.1, 0.1)]) == verdict(rows)  # the first of ours is the one that counts
     with pytest.raises(GMError, match="of others are needed"):
         verdict(rows[:2])

@@ -6,7 +6,6 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -216,28 +215,17 @@ def test_the_tables_of_coverage_are_those_of_the_benchmark():
     assert table("coverage low") == low
 
 
-def dynamics_lines(rows: list[dict[str, Any]]) -> set[str]:
-    """Mean and spread over the seeds, in thousandths, of every network."""
-    found = set()
+def test_the_table_of_dynamics_is_that_of_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    dynamics = importlib.import_module("dynamics")
+    rows, shown = results("dynamics"), set()
     for name in dict.fromkeys(row["row"] for row in rows):
         own = [row for row in rows if row["row"] == name]
-        cells = []
-        for field in ("velocity", "density"):
-            for part in ("future", "domain"):
-                errors = [1000 * row[part][field] for row in own]
-                spread = f" ± {stdev(errors):.1f}" if len(errors) > 1 else ""
-                cells.append(f"{fmean(errors):.1f}{spread}")
-        found.add(f"| {name} | {own[0]['parameters']:,} | {len(own)} | {' | '.join(cells)} |")
-    return found
-
-
-def test_the_table_of_dynamics_is_that_of_the_benchmark(monkeypatch):
-    rows = results("dynamics")
-    still = {row["row"]: row["unchanged"] for row in rows}[rows[0]["row"]]
-    cells = [f"{1000 * still[part][field]:.1f}" for field in ("velocity", "density") for part in ("future", "domain")]
-    assert table("dynamics") == dynamics_lines(rows) | {f"| nothing changes | – | – | {' | '.join(cells)} |"}
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    ahead = importlib.import_module("dynamics").verdict(rows)
-    said = {part: f"{part.title()}: {'ahead' if won else 'not ahead'} of all others" for part, won in ahead.items()}
-    text = (ROOT / "README.md").read_text()
-    assert all(sentence in text for sentence in said.values())
+        found = dynamics.over_seeds(own)
+        cells = [f"{found[kind]:.1f} ± {found['spread'][kind]:.1f}" for kind in dynamics.KINDS]
+        shown.add(f"| {name} | {own[0]['parameters']:,} | {len(own)} | {' | '.join(cells)} |")
+    cells = [f"{1000 * rows[0]['unchanged'][part][field]:.1f}" for part, field in dynamics.KINDS.values()]
+    assert table("dynamics") == shown | {f"| nothing changes | – | – | {' | '.join(cells)} |"}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for kind, won in dynamics.verdict(rows).items():
+        assert f"{kind}: {'ahead' if won else 'not ahead'} of all others" in text
