@@ -168,6 +168,22 @@ def test_a_relaxed_convolution_is_plain_until_its_weights_differ(modules: Any, g
     assert_close(layer(signal)[:, :, 3, 4], torch.einsum("oiuv,biuv->bo", weighed, patch) + layer.bias)
 
 
+def test_group_matrices_commute_with_the_subgroup_until_gates_differ(modules: Any, generator: Generator) -> None:
+    gated, ungated = (row.build() for row in modules("dynamics_models").ROWS[:2])
+    signal = torch.randn(1, 6, 32, 32, generator=generator)
+
+    def commutes(network: Any, step: int) -> None:
+        with torch.no_grad():
+            moved = network(signal.roll((step, 2 * step), (2, 3)))
+            assert_close(moved, network(signal).roll((step, 2 * step), (2, 3)), slack=10)
+
+    commutes(ungated, 4)
+    must_fail(commutes, ungated, 1)
+    commutes(gated, 4)  # filters behind the gates begin at zero
+    torch.nn.init.ones_(gated.gates.filters)
+    must_fail(commutes, gated, 4)
+
+
 def test_a_network_learns_to_forecast(modules: Any) -> None:
     models, training = modules("dynamics_models"), modules("dynamics_training")
     data = training.Data.made(4, 1)
