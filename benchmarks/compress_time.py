@@ -156,9 +156,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--models", nargs="+", default=list(LIMITS))
     parser.add_argument("--sizes", action="store_true", help="one architecture at five sizes in place of --models")
     parser.add_argument("--plot", type=Path, help="draw the seconds over the parameters, and say how they grow")
-    parser.add_argument(
-        "--inputs", action="store_true", help="compress with an example image: its rehearsal counts"
-    )
+    parser.add_argument("--inputs", action="store_true", help="compress with an example image: its rehearsal counts")
     parser.add_argument("--group", default="C32xC32")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

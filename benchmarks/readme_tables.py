@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamics import KINDS, over_seeds
 from rows import read_rows
 
 HERE = Path(__file__).parent
@@ -133,6 +134,18 @@ def low_lines(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def dynamics_lines(rows: Sequence[Row]) -> list[str]:
+    """Errors of every network with their spread over the seeds, and those of a forecast that nothing changes."""
+    lines = []
+    for name in dict.fromkeys(row["row"] for row in rows):
+        own = [row for row in rows if row["row"] == name]
+        found = over_seeds(own)
+        cells = [f"{found[kind]:.1f} ± {found['spread'][kind]:.1f}" for kind in KINDS]
+        lines.append(line(name, f"{own[0]['parameters']:,}", len(own), *cells))
+    cells = [f"{1000 * rows[0]['unchanged'][part][field]:.1f}" for part, field in KINDS.values()]
+    return [*lines, line("nothing changes", "–", "–", *cells)]
+
+
 def bodies(results: Path = RESULTS) -> dict[str, list[str]]:
     """The rows of every table, by the name that the README has for it."""
     found = {name: read_rows(results / f"{name}.jsonl") for name in ("accuracy_budgets", "transformer", "speed")}
@@ -144,6 +157,7 @@ def bodies(results: Path = RESULTS) -> dict[str, list[str]]:
         "speed models": speed_lines(found["speed"], models=True),
         "coverage": stage_lines(tried),
         "coverage low": low_lines(tried),
+        "dynamics": dynamics_lines(read_rows(results / "dynamics.jsonl")),
     }
 
 

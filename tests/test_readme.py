@@ -179,3 +179,10 @@ def test_the_coverage_of_the_text_is_that_of_the_benchmark(tables):
     text = (ROOT / "README.md").read_text()
     assert f"On average {100 * sum(row['reached'] for row in tried) / len(tried):.1f} % of the parameters" in text
     assert all(family in text for family, row in found.items() if not row["model"])
+
+
+def test_the_verdict_of_dynamics_is_that_of_the_benchmark(tables):
+    rows = tables.read_rows(tables.RESULTS / "dynamics.jsonl")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for kind, won in importlib.import_module("dynamics").verdict(rows).items():
+        assert f"{kind}: {'ahead' if won else 'not ahead'} of all others" in text
