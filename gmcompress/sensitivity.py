@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calibration import first_output, likelihood
-from .surgery import Inputs, call, floating
+from .calibration import climb
+from .surgery import Inputs, floating
 
 DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
 
@@ -40,9 +40,7 @@ def sensitivities(
             hook = _hook(name, sums[name], uneven)
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         for batch in batches:
-            score = likelihood(first_output(call(model, batch)), generator, logits=logits)
-            if score.requires_grad:
-                score.backward()
+            climb(model, batch, generator, logits=logits)
     for each in model.parameters():
         each.grad = None
     found = {}
