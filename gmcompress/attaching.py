@@ -154,7 +154,8 @@ def is_replaced(model: nn.Module, name: str) -> bool:
     was not made with, or that a parameter is shared.
     """
     module, _ = find_weight(model, name)
-    if type(module) not in COUNTERPARTS or list(module._parameters) != ["weight", "bias"]:
+    kind: Any = type(module)
+    if kind not in COUNTERPARTS or list(module._parameters) != ["weight", "bias"]:
         return False
     if module._buffers or module._modules or any(each for name, each in vars(module).items() if name.endswith("hooks")):
         return False
@@ -163,7 +164,7 @@ def is_replaced(model: nn.Module, name: str) -> bool:
         return False
     extra = {name: each for name, each in vars(module).items() if name not in vars(made)}  # the new layer gets these
     known = all(isinstance(each, str | int | float | None) for each in extra.values())
-    return known and _names_used(type(module)).isdisjoint(extra)
+    return known and _names_used(kind).isdisjoint(extra)
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # of one inside of vmap, which is of no use outside
 
 from .batches import split_batch
 from .errors import GMError
@@ -158,7 +159,7 @@ def _watch(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, list
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor):
+            if arguments and isinstance(arguments[0], Tensor) and not is_functorch_wrapped_tensor(arguments[0]):
                 seen[name].append(arguments[0])
             if all(seen.values()):
                 raise _Stop
@@ -250,7 +251,7 @@ def first_output(found: Any) -> Tensor:
     tensors = floating(found)
     if not tensors:
         raise GMError(f"the model's output, {describe(found)}, holds no tensor of floating point to compare")
-    return tensors[0]
+    return next((each for each in tensors if each.dim()), tensors[0])  # rather than a loss beside the logits
 
 
 def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: bool) -> float:
@@ -272,9 +273,15 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: boo
             total, count = total + float(each), count + len(old)
         else:
             old, new = (each.double().reshape(len(each) if each.dim() else 1, -1) for each in (old, new))
-            spread = (old - old.mean(0)).square().mean() + torch.finfo(torch.float64).tiny
-            total, count = total + float((old - new).square().mean() / spread) * len(old), count + len(old)
+            total, count = total + float((old - new).square().mean() / _spread(old)) * len(old), count + len(old)
     return total / max(count, 1)
+
+
+def _spread(values: Tensor) -> Tensor:  # ()
+    """The variance of outputs over the examples; of a single one, or equal ones, that of its entries; else its size."""
+    size = values.square().mean()
+    found = ((values - mean).square().mean() for mean in (values.mean(0), values.mean()))
+    return next((each for each in found if each > 1e-20 * size), size if size > 0 else torch.ones_like(size))
 
 
 def _classes_last(values: Tensor) -> Tensor:  # (batch, classes), (batch, tokens, classes), (batch, classes, y, x)
@@ -311,6 +318,8 @@ def output_moments(
 
 def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        if is_functorch_wrapped_tensor(output):
+            return output
         axis = -3 if isinstance(module, nn.Conv2d) else -1
 
         def take_in(gradient: Tensor) -> None:
@@ -332,7 +341,7 @@ def climb(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logit
         score = likelihood(first_output(call(model, inputs)), generator, logits=logits)
         if score.requires_grad:
             score.backward()
-    except RuntimeError as problem:
+    except (RuntimeError, IndexError) as problem:
         if "out of memory" in str(problem) or "can't allocate" in str(problem):
             raise
 

@@ -9,7 +9,7 @@ stay dense.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -65,6 +65,7 @@ class _Rehearsal:
 
     model: nn.Module
     twin: nn.Module
+    offsets: Mapping[str, float]  # what the residual of a stand-in is everywhere
     inputs: Inputs
     expected: Any
     repeats: bool  # whether a second run of the twin gives the same
@@ -78,14 +79,18 @@ class _Rehearsal:
     def of(cls, model: nn.Module, inputs: Inputs, names: Sequence[str]) -> _Rehearsal:
         twin = evaluating(duplicate(model, {})).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
+        offsets = {}
         for name in names:
             weight = read_weight(twin, name)
             assert weight is not None, "a site without an obstacle holds a matrix"
             factors = 0.5 + torch.rand(weight.shape, generator=generator)
-            write_weight(twin, name, weight * factors.to(weight))
+            scaled = weight * factors.to(weight)
+            # a power of two so large that the kernel of a stand-in and its residual add up without rounding
+            offsets[name] = 2.0 ** (1 + math.frexp(float(scaled.abs().nan_to_num(0.0, 0.0).max()))[1])
+            write_weight(twin, name, (scaled - offsets[name]) + offsets[name])
         # runs of copies, since a model may write into its weights
         expected, again = (_outputs(duplicate(twin, {}), inputs) for _ in range(2))
-        return cls(model, twin, inputs, expected, agree(expected, again), stores=_has_state(twin))
+        return cls(model, twin, offsets, inputs, expected, agree(expected, again), stores=_has_state(twin))
 
     def take(self, names: Sequence[str]) -> None:
         """Sort weights into those that the model takes computed, beside the ones taken before, and the others."""
@@ -131,11 +136,9 @@ class _Rehearsal:
         layer, weight = empty(copied, name, ANY), read_weight(self.twin, name)
         assert weight is not None
         parts = layer.requires_grad_(False).parts()
-        parts["kernel"].zero_()
-        size = float(weight.abs().nan_to_num(0.0, 0.0).max()) / 2
-        for part in ("left", "right"):
-            parts[part].fill_(size**0.5)
-        parts["kernel"].copy_((weight - layer.weight).reshape(parts["kernel"].shape))
+        parts["kernel"].copy_((weight - self.offsets[name]).reshape(parts["kernel"].shape))
+        parts["left"].fill_(self.offsets[name])
+        parts["right"].fill_(1.0)
         if not isinstance(layer, GMWeight):
             layer.register_parameter("bias", find_weight(copied, name)[0]._parameters["bias"])
         return layer.eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calibration import climb
@@ -75,6 +76,8 @@ def _hook(name: str, totals: dict[int, Tensor], uneven: set[str]) -> Callable[..
                 else:
                     totals[index] = totals.get(index, 0) + squares
 
+            if is_functorch_wrapped_tensor(each):
+                continue
             begun = each
             if not each.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
                 begun = each + torch.zeros((), dtype=each.dtype, device=each.device, requires_grad=True)

@@ -150,8 +150,9 @@ def describe(inputs: Any) -> str:
 
 
 def floating(outputs: Any) -> list[Tensor]:
-    """The tensors of floating point in what a module returns."""
-    return [each for each in tree_leaves(laid_open(outputs)) if isinstance(each, Tensor) and each.is_floating_point()]
+    """The tensors of floating point in what a module returns, but for sparse and nested ones."""
+    found = (each for each in tree_leaves(laid_open(outputs)) if isinstance(each, Tensor) and each.is_floating_point())
+    return [each for each in found if each.layout is torch.strided and not each.is_nested]
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:

@@ -257,6 +257,25 @@ def test_layers_that_are_not_plain_are_fitted_to_their_weights(kind: str, genera
     assert torch.isfinite(result.model(x)).all()
 
 
+def test_layers_inside_of_vmap(generator: Generator) -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parameters, buffers = torch.func.stack_module_state(list(self.nets))
+
+            def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+                return torch.func.functional_call(self.nets[0], (parameters, buffers), (x,))
+
+            return self.head(torch.vmap(one)(parameters, buffers).mean(0))
+
+    x = torch.randn(40, 8, generator=generator)
+    result = gm.compress(Ensemble(), "C4", data=[x], rank=1)
+    assert torch.isfinite(result.model(x)).all()
+
+
 def test_a_model_that_lets_no_gradients_through(generator: Generator) -> None:
     class Closed(nn.Sequential):
         @torch.inference_mode()
@@ -308,7 +327,15 @@ def test_the_divergence_of_other_outputs(generator: Generator) -> None:
         longer = torch.cat([new, new[:1]])
         assert_close(divergence([old], [longer], logits=logits), divergence([old], [new], logits=logits))
         assert divergence([old], [new[:0]], logits=logits) == 0
-        assert math.isfinite(divergence([old[0, 0]], [old[0, 0]], logits=logits))
+        assert math.isfinite(divergence([old[0, 0]], [new[0, 0]], logits=logits))
+    assert_close(
+        divergence([old[:1]], [new[:1]], logits=False),
+        float((old - new)[0].square().mean() / old[0].var(unbiased=False)),
+    )
+    assert divergence([torch.zeros(2, 2)], [torch.ones(2, 2)], logits=False) == 1
+    losses = nn.Sequential(nn.Linear(2, 2))
+    losses.register_forward_hook(lambda _module, _inputs, found: {"loss": found.mean(), "logits": found})
+    assert outputs(losses, [torch.ones(3, 2)])[0].shape == (3, 2)
     with pytest.raises(GMError, match="no tensor of floating point"):
         outputs(nn.Flatten(), [torch.zeros(2, 2, dtype=torch.int64)])
 

@@ -12,9 +12,10 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import gmcompress as gm
+from gmcompress.attaching import structured
 from gmcompress.copies import duplicate
-from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, agree, rehearsed_sites
-from gmcompress.surgery import run, trace
+from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, _Rehearsal, agree, rehearsed_sites
+from gmcompress.surgery import read_weight, run, trace
 
 
 class Model(nn.Module):
@@ -159,6 +160,18 @@ def test_nothing_is_refused_without_a_reason():
     for name in ("mlp", "tied", "two names", "convolutions", "attention", "hooked", "closes over", "bfloat16"):
         model, inputs = zoo.MODELS[name].build(), zoo.MODELS[name].inputs()
         assert rehearsed_sites(model, inputs) == trace(model, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_stand_ins_compute_the_same_bit_for_bit(dtype):
+    """So that rounding turns no token to another expert, whatever the dtype."""
+    model, x = zoo.mlp(dtype), torch.randn(2, 8).to(dtype)
+    rehearsal = _Rehearsal.of(model, x, ["0", "2"])
+    small = rehearsal._computed(["0", "2"])
+    for name in ("0", "2"):
+        assert torch.equal(structured(small)[name].weight, read_weight(rehearsal.twin, name))
+        assert not torch.equal(structured(small)[name].weight, read_weight(model, name))
+    assert torch.equal(run(small, x), run(rehearsal.twin, x))
 
 
 def test_models_that_draw_numbers_or_keep_a_memory_are_not_taken_for_others():
