@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import first_examples
 from .budgets import Budget
-from .calibration import collect, divergence, first_examples, outputs
+from .calibration import collect, divergence, outputs
 from .candidates import Subject, candidates, offered, priced, rank_within
 from .errors import GMError
 from .factors import Metric, start_factors
 from .groups import Group
 from .notes import Notes
+from .plain import is_plain
 from .planning import Eligible, Plan
 from .projection import EXACT
 from .reconstruction import Calibration
 from .selection import Candidate, Selection, check_reachable, select
 from .structure import Structure, expand
-from .surgery import Site, find_weight, is_plain, read_weight, write_weight
+from .surgery import Site, find_weight, read_weight, write_weight
 
 PROBES = (0.45, 0.18)  # shares of a layer's weight at which the model's sensitivity to it is measured
 WORK = 1.5e12  # multiply-adds spent on measuring sensitivities

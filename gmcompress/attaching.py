@@ -21,8 +21,9 @@ from .errors import GMError
 from .groups import Group
 from .kinds import view_of
 from .layers import COUNTERPARTS, GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
+from .plain import is_plain, made_anew
 from .structure import Structure
-from .surgery import find_weight, holders, is_plain, replace, site_name
+from .surgery import find_weight, holders, replace, site_name
 
 CHILD = "structured_"  # and the name of the parameter: the child that holds the GMWeight
 
@@ -87,18 +88,25 @@ def attach_(module: nn.Module, key: str, weight: GMWeight) -> nn.Module:
       (structured_weight): GMWeight((8, 4), 'lowrank:1')
     )
     """
+    if CHILD + key in {*vars(module), *module._modules}:
+        raise GMError(f"{type(module).__name__} has a {CHILD + key!r} of its own; exclude its {key}")
     names: tuple[str, ...] = tuple(module._parameters)
     attached: tuple[str, ...] = (key,)
     if isinstance(module, _Attached):
         names, attached = module._parameter_names, (*module._attached_names, key)
     dense = dense_class(module)
     try:
-        module.__class__ = _subclass(dense, names, attached)
-    except TypeError as problem:  # slots, a metaclass or __init_subclass__ with arguments
+        _change_class(module, _subclass(dense, names, attached))
+    except Exception as problem:  # of slots, of a metaclass, of an __init_subclass__
         raise GMError(f"{dense.__name__} cannot compute its {key}: {problem}; exclude it") from problem
     del module._parameters[key]
     module._modules[CHILD + key] = weight.train(module.training)
     return module
+
+
+def _change_class(module: nn.Module, cls: type) -> None:
+    """Past a `__setattr__` of the module's own, which may refuse."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def _detach_(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
@@ -111,7 +119,7 @@ def _detach_(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
     module._parameters.clear()  # the order of the parameters is that of an optimizer's state
     module._parameters.update({each: held.pop(each) for each in names if each in held} | held)
     left = tuple(each for each in module._attached_names if each != key)
-    module.__class__ = _subclass(dense, names, left) if left else dense
+    _change_class(module, _subclass(dense, names, left) if left else dense)
 
 
 def attached(model: nn.Module) -> dict[str, tuple[GMWeight, list[tuple[nn.Module, str]]]]:
@@ -142,25 +150,28 @@ def is_replaced(model: nn.Module, name: str) -> bool:
     """Whether the module of a weight is replaced by a structured layer; else the weight is attached to it.
 
     A plain Linear or Conv2d is, unless the new layer would lose something: hooks, children, buffers, further
-    parameters, their order, objects set on it, or that a parameter is shared.
+    parameters, their order, objects set on it or under names that the new layer uses, a setting, shape or dtype that it
+    was not made with, or that a parameter is shared.
     """
     module, _ = find_weight(model, name)
-    if type(module) not in COUNTERPARTS or list(module._parameters) != ["weight", "bias"]:
+    kind: Any = type(module)
+    if kind not in COUNTERPARTS or list(module._parameters) != ["weight", "bias"]:
         return False
     if module._buffers or module._modules or any(each for name, each in vars(module).items() if name.endswith("hooks")):
         return False
-    kind: Any = type(module)
-    extra = [each for name, each in vars(module).items() if name not in _usual_names(kind)]
-    if not all(isinstance(each, str | int | float | None) for each in extra):  # the new layer gets these
+    made = made_anew(module)
+    if made is None or not is_plain(model, name):
         return False
-    return is_plain(model, name)
+    extra = {name: each for name, each in vars(module).items() if name not in vars(made)}  # the new layer gets these
+    known = all(isinstance(each, str | int | float | None) for each in extra.values())
+    return known and _names_used(kind).isdisjoint(extra)
 
 
 @cache
-def _usual_names(cls: Any) -> frozenset[str]:
-    """The attributes that every instance of Linear or Conv2d has."""
+def _names_used(cls: Any) -> frozenset[str]:
+    """The names under which the counterpart of a Linear or Conv2d keeps something."""
     made = cls(1, 1, device="meta") if cls is nn.Linear else cls(1, 1, 1, device="meta")
-    return frozenset(vars(made))
+    return frozenset(dir(counterpart(made, "C1")))
 
 
 def empty(model: nn.Module, name: str, structure: Structure | Group | str, *, replaced: bool | None = None) -> GMLayer:
@@ -258,7 +269,7 @@ def remember(model: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         for module, cls, parameters, children in kept:
-            module.__class__ = cls
+            _change_class(module, cls)
             module._parameters.clear()
             module._parameters.update(parameters)
             module._modules.clear()
@@ -271,4 +282,4 @@ def set_bias(model: nn.Module, name: str, bias: Tensor) -> None:
     """Give the module of a weight another bias, as a new parameter."""
     module, _ = find_weight(model, name)
     old = module.get_parameter("bias")
-    module.bias = nn.Parameter(bias.to(old), requires_grad=old.requires_grad)
+    module._parameters["bias"] = nn.Parameter(bias.to(old), requires_grad=old.requires_grad)

@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .attaching import structured
-from .calibration import count_examples, divergence, first_examples, outputs
+from .batches import count_examples, first_examples, is_divisible
+from .calibration import divergence, outputs
+from .copies import own
 from .notes import Notes
 from .sensitivity import sensitivities
-from .surgery import Inputs, call, floating
+from .surgery import Inputs, call, describe, floating
 from .tuning.losses import find_blocks
 
 SIZE = 32  # examples of one step, at most
@@ -110,8 +112,9 @@ def refit_blocks(
                 done.append(Refit(name, **kept[0]))
             elif tensors and (steps := walk.steps(name)):
                 measure = _Measure(steps, weights.get(name))
-                done.append(_refit(name, block, list(tensors.values()), steps, measure, passes=passes, seed=seed))
-                if notes is not None:
+                found = _refit(name, block, list(tensors.values()), steps, measure, passes=passes, seed=seed)
+                done += [] if found is None else [found]
+                if notes is not None and found is not None:
                     facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
                     notes.write(kind, name, facts, {key: each.detach() for key, each in tensors.items()})
             walk.leave(name)
@@ -149,12 +152,19 @@ def _refit(
     *,
     passes: int,
     seed: int,
-) -> Refit:
-    """Adam with a rate from a short trial, falling to zero; undone where held-out steps do not bear it out."""
+) -> Refit | None:
+    """Adam with a rate from a short trial, falling to zero; undone where held-out steps do not bear it out.
+
+    None where the block does not give what the dense one gives, since what runs inside depends on values.
+    """
     held = steps[HELD_OUT // 2 :: HELD_OUT]
     used = [each for index, each in enumerate(steps) if index % HELD_OUT != HELD_OUT // 2]
     descent = _Descent(block, parameters, used, held, measure, torch.Generator().manual_seed(seed))
-    before = descent.judge()
+    try:
+        before = descent.judge()
+    except (RuntimeError, ValueError):
+        descent.close()
+        return None
     after, rate = before, 0.0
     try:
         rate = LONGER * descent.choose(before, min(TRIAL, len(used) * passes))
@@ -244,7 +254,7 @@ class _Measure:
             self.spread.append(max(float(square), 1e-20))
 
     def __call__(self, block: nn.Module, step: _Step) -> Tensor:  # ()
-        found = floating(block(*_own(step.args), **_own(step.kwargs)))
+        found = floating(block(*own(step.args), **own(step.kwargs)))
         errors = [
             (weight * (ours - wanted).square()).mean() / scale
             for ours, wanted, weight, scale in zip(found, step.wanted, self.weights, self.spread, strict=True)
@@ -252,21 +262,15 @@ class _Measure:
         return torch.stack(errors).mean()
 
 
-def _own(given: Any) -> Any:
-    """A copy that a block may change in place."""
-    return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, given)
-
-
 def _pieces(batches: Sequence[Inputs]) -> list[Inputs]:
     """Batches in pieces of about equal size of at most SIZE examples."""
     found: list[Inputs] = []
     for batch in batches:
-        leaves, form = tree_flatten(batch)
-        total = count_examples(batch)
-        if any(isinstance(each, Tensor) and (not each.dim() or len(each) != total) for each in leaves):
+        if not is_divisible(batch):
             found.append(batch)
             continue
-        count = -(-total // SIZE)
+        leaves, form = tree_flatten(batch)
+        count = -(-count_examples(batch) // SIZE)
         parts = [each.tensor_split(count) if isinstance(each, Tensor) else [each] * count for each in leaves]
         found.extend(tree_unflatten(list(each), form) for each in zip(*parts, strict=True))
     return found
@@ -276,12 +280,12 @@ class _LeftError(Exception):
     """The run of a model may end here."""
 
 
-def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any]:
-    """The arguments that a module of a model is given."""
+def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any] | None:
+    """The arguments that a module of a model is given; None where it is not called."""
     found: list[tuple[Any, Any]] = []
 
     def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append((_own(args), _own(kwargs)))
+        found.append((own(args), own(kwargs)))
         raise _LeftError
 
     handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
@@ -292,7 +296,7 @@ def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any]:
         pass
     finally:
         handle.remove()
-    return found[0]
+    return found[0] if found else None
 
 
 class _Walk:
@@ -326,19 +330,28 @@ class _Walk:
         return [name for name, *_, output in seen if counts[name] == 1 and floating(output)]
 
     def steps(self, name: str) -> list[_Step]:
-        """What a block of the compressed model is given, and what that of the dense one gives; none if too large."""
+        """What a block of the compressed model is given, and what that of the dense one gives.
+
+        None if that is too large, or where the two do not match, since what runs depends on values.
+        """
         if self.at != name:
             self.at, self.given = "", [[], []]
             for piece in self.pieces:
                 for model, found in zip(self.models, self.given, strict=True):
-                    found.append(_given(model, name, piece))
+                    given = _given(model, name, piece)
+                    if given is None:
+                        return []
+                    found.append(given)
                 one = sum(each.numel() * each.element_size() for each in floating([each[0] for each in self.given]))
                 if 2 * one * len(self.pieces) > MEMORY:
                     return []
             self.at = name
         dense = self.models[0].get_submodule(name)
         with torch.no_grad():
-            wanted = [floating(dense(*_own(args), **_own(kwargs))) for args, kwargs in self.given[0]]
+            wanted = [floating(dense(*own(args), **own(kwargs))) for args, kwargs in self.given[0]]
+        alike = all(describe(old) == describe(new) for old, new in zip(*self.given, strict=True))
+        if not alike or len({tuple(each.shape[1:] for each in values) for values in wanted}) > 1:
+            return []
         return [_Step(*given, each) for given, each in zip(self.given[1], wanted, strict=True)]
 
     @torch.no_grad()
@@ -348,5 +361,5 @@ class _Walk:
         if after and self.at == name:
             for model, found in zip(self.models, self.given, strict=True):
                 block = model.get_submodule(name)
-                found[:] = [((block(*_own(args), **_own(kwargs)),), {}) for args, kwargs in found]
+                found[:] = [((block(*own(args), **own(kwargs)),), {}) for args, kwargs in found]
             self.at = after

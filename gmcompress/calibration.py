@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch._C._functorch import is_functorch_wrapped_tensor  # of one inside of vmap, which is of no use outside
 
+from .batches import split_batch
 from .errors import GMError
-from .surgery import Inputs, call, describe, floating
+from .surgery import Inputs, call, describe, floating, run
 
-SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
-MEMORY = 1 << 29  # bytes of calibration inputs held
 POSITIONS = 60  # input vectors per dimension of a moment, beyond which positions are drawn at random
 CHUNK = 1 << 24  # numbers of one unfolded piece of a convolution's input
 BACKWARD = 2_500_000  # numbers of input in one backward pass
@@ -101,94 +100,13 @@ class Moments:
         return (new - old).flatten()
 
 
-def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None) -> list[Inputs]:
-    """The inputs of the first batches of a loader: at most `samples` examples and half a gigabyte.
-
-    A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out; a tensor alone is one batch.
-
-    Raises:
-        GMError: the data is empty, or a batch is something else.
-    """
-    found: list[Inputs] = []
-    count = held = 0
-    for batch in [data] if isinstance(data, Tensor | Mapping) else data:
-        inputs = _inputs_of(batch, device)
-        tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
-        if not tensors or tensors[0].dim() == 0 or not len(tensors[0]):
-            raise GMError(f"a batch of calibration data holds examples along its first axis, not {describe(inputs)}")
-        room = samples - count
-        if len(tensors[0]) > room:
-            inputs = first_of(inputs, room)
-        found.append(inputs)
-        count += min(len(tensors[0]), room)
-        held += sum(each.numel() * each.element_size() for each in tensors)
-        if count >= samples or held >= MEMORY:
-            break
-    if not found:
-        raise GMError("the calibration data is empty: it gave no batch")
-    return found
-
-
-def _inputs_of(batch: Any, device: torch.device | None) -> Inputs:
-    def moved(each: Any) -> Any:
-        return each.to(device) if isinstance(each, Tensor) else each
-
-    if isinstance(batch, Mapping):
-        return {key: moved(each) for key, each in batch.items() if key != "labels"}
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
-        return moved(batch[0])
-    if isinstance(batch, Tensor):
-        return moved(batch)
-    raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the data gave {describe(batch)}")
-
-
-def first_of(inputs: Inputs, count: int) -> Inputs:
-    """The first examples of a batch."""
-    if isinstance(inputs, Mapping):
-        return {key: each[:count] if isinstance(each, Tensor) else each for key, each in inputs.items()}
-    return inputs[:count] if isinstance(inputs, Tensor) else [first_of(each, count) for each in inputs]
-
-
-def count_examples(inputs: Inputs) -> int:
-    """The examples in a batch."""
-    return next(len(each) for each in tree_flatten(inputs)[0] if isinstance(each, Tensor))
-
-
-def first_examples(batches: Iterable[Inputs], count: int) -> list[Inputs]:
-    """The first so many examples of several batches.
-
-    >>> [len(each) for each in first_examples([torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2)], 4)]
-    [3, 1]
-    """
-    found: list[Inputs] = []
-    for each in batches:
-        if count <= 0:
-            break
-        found.append(first_of(each, count))
-        count -= count_examples(found[-1])
-    return found
-
-
-def split_batch(inputs: Inputs, limit: int) -> list[Inputs]:
-    """A batch in pieces of at most `limit` numbers of input, at least one example each."""
-    tensors = [each for each in tree_flatten(inputs)[0] if isinstance(each, Tensor)]
-    total = len(tensors[0])
-    size = max(1, limit // max(1, sum(each.numel() for each in tensors) // total))
-    if isinstance(inputs, Tensor):
-        return list(inputs.split(size))
-    if not isinstance(inputs, Mapping) or any(len(each) != total for each in tensors):
-        return [inputs]
-    pieces = range(0, total, size)
-    return [{k: v[n : n + size] if isinstance(v, Tensor) else v for k, v in inputs.items()} for n in pieces]
-
-
 class _Stop(BaseException):  # the way out of a forward pass once its last layer was seen; no model catches it
     pass
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Any:
     try:
-        return call(model, inputs)
+        return run(model, inputs)
     except _Stop:
         return None
 
@@ -218,12 +136,21 @@ def collect(
                 other = _watch(stack, {name: new(name) for name in names})
                 _run(small, inputs)
         for name in names:
-            for index, (t, x) in enumerate(zip(kept[name], other[name], strict=True)):
+            for index, (t, x) in enumerate(_paired(kept[name], other[name])):
                 if name not in sums:
                     sums[name] = _Sums(old(name), len(batches))
                 sums[name].add(t, x, half=number % 2, seed=number * 1000 + index)
             kept[name], other[name] = [], []
-    return {name: each.moments() for name, each in sums.items()}
+    return {name: each.moments() for name, each in sums.items() if any(each.counts)}
+
+
+def _paired(dense: Sequence[Tensor], small: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The inputs of a layer in both models, call by call; those of the compressed one alone where they do not match.
+
+    What goes into a layer may depend on the values before: the tokens of an expert, the boxes of a detector.
+    """
+    alike = [each.shape for each in dense] == [each.shape for each in small]
+    return [(t, x) for t, x in zip(dense if alike else small, small, strict=True) if x.numel()]
 
 
 def _watch(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
@@ -232,7 +159,7 @@ def _watch(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, list
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor):
+            if arguments and isinstance(arguments[0], Tensor) and not is_functorch_wrapped_tensor(arguments[0]):
                 seen[name].append(arguments[0])
             if all(seen.values()):
                 raise _Stop
@@ -278,7 +205,9 @@ class _Sums:
         return t[index], x[index]
 
     def _patches(self, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """Patches of both inputs, piece by piece along the batch."""
+        """Patches of both inputs, piece by piece along the batch, which there may be none of."""
+        if x.dim() == 3:
+            t, x = (x[None], x[None]) if t is x else (t[None], x[None])
         whole = x.shape[0] * max(1, x[0].numel() * self.size // max(1, x.shape[1]))
         pieces = max(1, -(-whole // CHUNK))
         step = max(1, x.shape[0] // pieces)
@@ -315,39 +244,49 @@ def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
 
 def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
     """The first tensor of floating point in the model's output, batch by batch; logits for a classifier."""
-    with torch.no_grad():
-        return [first_output(call(model, inputs)) for inputs in batches]
+    return [first_output(run(model, inputs)) for inputs in batches]
 
 
 def first_output(found: Any) -> Tensor:
     tensors = floating(found)
     if not tensors:
         raise GMError(f"the model's output, {describe(found)}, holds no tensor of floating point to compare")
-    return tensors[0]
+    return next((each for each in tensors if each.dim()), tensors[0])  # rather than a loss beside the logits
 
 
 def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: bool) -> float:
     """How far outputs lie from the wanted ones, the mean over examples (and places).
 
     For logits the Kullback–Leibler divergence of the distributions over classes, in nats; for other outputs the
-    squared error relative to the variance of the wanted ones.
+    squared error relative to the variance of the wanted ones. Of outputs of other sizes, such as boxes, what both have.
     """
     total, count = 0.0, 0
     for old, new in zip(wanted, found, strict=True):
-        if logits:
+        if old.shape != new.shape:
+            both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+            old, new = old[both], new[both]
+        if not old.numel():
+            continue
+        if logits and _classes_last(old).shape[-1] > 1:
             old, new = _classes_last(old.double()), _classes_last(new.double())
             each = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="sum")
             total, count = total + float(each), count + len(old)
         else:
-            old, new = old.double().flatten(1), new.double().flatten(1)
-            spread = (old - old.mean(0)).square().mean() + torch.finfo(torch.float64).tiny
-            total, count = total + float((old - new).square().mean() / spread) * len(old), count + len(old)
+            old, new = (each.double().reshape(len(each) if each.dim() else 1, -1) for each in (old, new))
+            total, count = total + float((old - new).square().mean() / _spread(old)) * len(old), count + len(old)
     return total / max(count, 1)
+
+
+def _spread(values: Tensor) -> Tensor:  # ()
+    """The variance of outputs over the examples; of a single one, or equal ones, that of its entries; else its size."""
+    size = values.square().mean()
+    found = ((values - mean).square().mean() for mean in (values.mean(0), values.mean()))
+    return next((each for each in found if each > 1e-20 * size), size if size > 0 else torch.ones_like(size))
 
 
 def _classes_last(values: Tensor) -> Tensor:  # (batch, classes), (batch, tokens, classes), (batch, classes, y, x)
     values = values.movedim(1, -1) if values.dim() == 4 else values
-    return values.flatten(0, -2) if values.dim() > 1 else values[None]
+    return values.flatten(0, -2) if values.dim() > 1 else values.reshape(1, -1)
 
 
 def output_moments(
@@ -368,9 +307,7 @@ def output_moments(
             stack.callback(model.get_submodule(name).register_forward_hook(_gradient_hook(name, sums)).remove)
         for whole in batches:
             for inputs in split_batch(whole, BACKWARD):
-                score = likelihood(first_output(call(model, inputs)), generator, logits=logits)
-                if score.requires_grad:
-                    score.backward()
+                climb(model, inputs, generator, logits=logits)
     found = {}
     for name, total in sums.items():
         size = float(total.diagonal().mean())
@@ -381,7 +318,9 @@ def output_moments(
 
 def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        axis = 1 if isinstance(module, nn.Conv2d) else -1
+        if is_functorch_wrapped_tensor(output):
+            return output
+        axis = -3 if isinstance(module, nn.Conv2d) else -1
 
         def take_in(gradient: Tensor) -> None:
             rows = gradient.movedim(axis, -1).flatten(0, -2).float()
@@ -396,9 +335,20 @@ def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
     return hook
 
 
+def climb(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logits: bool) -> None:
+    """The backward pass of a likelihood of the model's outputs; none where its code lets no gradient through."""
+    try:
+        score = likelihood(first_output(call(model, inputs)), generator, logits=logits)
+        if score.requires_grad:
+            score.backward()
+    except (RuntimeError, IndexError) as problem:
+        if "out of memory" in str(problem) or "can't allocate" in str(problem):
+            raise
+
+
 def likelihood(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
     """The log-likelihood of labels drawn from the prediction; for outputs that are no logits a random projection."""
-    if not logits:
+    if not logits or _classes_last(output).shape[-1] < 2:
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         return (output * signs).sum()
     values = _classes_last(output).float().log_softmax(-1)

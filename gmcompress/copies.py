@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from functools import update_wrapper
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import GMError
+from .errors import GMError, said
 
 
 def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy in which every object in `memo`, by id, stands for what the memo holds."""
     kept = (each for module in model.modules() for each in tree_leaves(vars(module)) if isinstance(each, Tensor))
     # pruning keeps one, computed anew at every call, in place of a parameter; others keep what they last computed
-    leaves: dict[int, Any] = {id(each): each.detach().clone() for each in kept if each.grad_fn is not None}
+    known: dict[int, Any] = {id(each): each.detach().clone() for each in kept if each.grad_fn is not None} | memo
     try:
-        found = copy.deepcopy(model, leaves := leaves | memo)
+        try:
+            found = copy.deepcopy(model, leaves := dict(known))
+        except Exception:
+            found = copy.deepcopy(model, leaves := known | _uncopied(model))
     except Exception as problem:
-        raise GMError(
-            f"this {type(model).__name__} cannot be copied ({problem}); inplace=True works without"
-        ) from problem
+        raise GMError(f"this {type(model).__name__} cannot be copied ({problem})") from problem
+    _check_copied(model, found, memo)
+    _complete(model, found)
     was_training = {name: module.training for name, module in model.named_modules()}
     for name, module in found.named_modules():
         module.training = was_training.get(name, module.training)  # graph modules are all in training once copied
@@ -32,6 +36,83 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for held in (vars(module), *inside):  # but for its children: what was put in may hold what it stands for
             held.update({key: _followed(each, leaves) for key, each in held.items() if callable(each)})
     return found
+
+
+def _check_copied(model: nn.Module, found: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Refuse a copy that shares modules with what it was copied from, and so would change it."""
+    given = {id(part) for each in memo.values() if isinstance(each, nn.Module) for part in each.modules()}
+    old = {id(each): name for name, each in model.named_modules() if id(each) not in given}
+    for each in found.modules():
+        if id(each) in old:
+            raise GMError(f"{old[id(each)] or 'the model'!r} ({type(each).__name__}) is not copied by copy.deepcopy")
+
+
+def _complete(model: nn.Module, found: nn.Module) -> None:
+    """Give a copy what torch's own leaves out: what was set on parameters, and slots of modules."""
+    parameters, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
+    for name, new in found.named_parameters():
+        if (old := parameters.get(name)) is not None and vars(old):
+            vars(new).update({key: each for key, each in vars(old).items() if key not in vars(new)})
+    for name, copied in found.named_modules():
+        for cls in type(copied).__mro__ if type(copied) is type(modules.get(name)) else ():
+            for slot in [each for each in vars(cls).get("__slots__", ()) if not hasattr(copied, each)]:
+                if hasattr(modules[name], slot):
+                    object.__setattr__(copied, slot, getattr(modules[name], slot))
+
+
+def _uncopied(model: nn.Module) -> dict[int, Any]:
+    """What modules hold that cannot be copied, by id, such as locks, files and streams: a copy shares it.
+
+    Some tensors, as those in compressed sparse rows, can be cloned all the same.
+    """
+    known = {id(each): each for each in (*model.modules(), *model.parameters())}
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for each in tree_leaves([value for key, value in vars(module).items() if key != "_modules"]):
+            try:
+                copy.deepcopy(each, dict(known))
+            except Exception:
+                found[id(each)] = each.detach().clone() if isinstance(each, Tensor) else each
+    return found
+
+
+def evaluating(model: nn.Module) -> nn.Module:
+    """The model itself, put into evaluation mode.
+
+    Where a class has a `train` of its own, that may return nothing, or be something else altogether.
+    """
+    try:
+        model.eval()
+    except Exception:
+        for module in model.modules():
+            module.training = False
+    return model
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """The tensors and other state of a model by name, whole even where its class has a `state_dict` of its own.
+
+    Raises:
+        GMError: a hook on the state fails.
+    """
+    try:
+        return nn.Module.state_dict(model, keep_vars=True)
+    except Exception as problem:
+        raise GMError(f"this {type(model).__name__} cannot give its state_dict: {said(problem)}") from problem
+
+
+def own(given: Any) -> Any:
+    """A copy of arguments that a module may change in place; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(each: Any) -> Any:
+        if not isinstance(each, Tensor):
+            return each
+        if id(each) not in copies:
+            copies[id(each)] = each.detach().clone().requires_grad_(each.requires_grad)
+        return copies[id(each)]
+
+    return tree_map(copied, given)
 
 
 def _followed(value: Any, copies: Mapping[int, Any]) -> Any:
@@ -42,6 +123,8 @@ def _followed(value: Any, copies: Mapping[int, Any]) -> Any:
     """
     if id(value) in copies:
         return copies[id(value)]
+    if isinstance(value, weakref.ref):
+        return weakref.ref(copies[id(value())]) if id(value()) in copies else value
     if isinstance(value, MethodType):
         return MethodType(value.__func__, _followed(value.__self__, copies))
     if not isinstance(value, FunctionType):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import GMError
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
+from .jobs import apart
 from .kinds import kind_of, layouts_of
 from .pipeline import check_outputs, compress, model_name
 from .planning import Plan, choose
@@ -194,6 +195,7 @@ def examine(model: nn.Module, inputs: Inputs | None = None, group: str | Group =
     expected, given, failed = None, inputs, ""
     if inputs is not None:
         try:
+            model = apart(model, inputs)
             expected = run(shell(model), inputs)
         except GMError as problem:
             given, failed = None, str(problem)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -200,6 +201,12 @@ def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"{digits[:12]}... has {len(digits)} digits")
     return int(digits)
+
+
+def is_storable(tensor: Tensor) -> bool:
+    """Whether safetensors can hold a tensor: a plain one, of a type that it knows."""
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return plain and tensor.dtype not in (torch.complex32, torch.complex128)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attaching import structured
-from .copies import duplicate
+from .copies import duplicate, evaluating
 from .errors import GMError, said
 from .layers import GMLayer, Verdict
 from .metrics import latencies, measure_together
@@ -55,7 +55,7 @@ def freeze(model: Any, path: str = "auto", *, inputs: Inputs | None = None, repe
         inputs = model.inputs
     if path == "auto" and inputs is None:
         raise GMError('freeze(model, "auto") measures on example inputs: give inputs=')
-    frozen = duplicate(network, {}).eval()
+    frozen = evaluating(duplicate(network, {}))
     layers = structured(frozen)
     if not layers:
         raise GMError("the model has no structured layer; compress it first")

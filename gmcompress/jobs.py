@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .allocation import Table, check_budgets, tabulate
+from .batches import first_of, take
 from .blocks import Refit, refit_blocks
 from .budgets import Budget
-from .calibration import first_of, take
-from .copies import duplicate
+from .copies import duplicate, evaluating
 from .errors import GMError
 from .factors import Metric
 from .files import json_digest
@@ -28,7 +29,7 @@ from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
 from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
-from .surgery import TIED_HEAD, Inputs, describe, find_weight, read_weight, run, shell, trace
+from .surgery import TIED_HEAD, Inputs, describe, find_weight, read_weight, run, run_seeded, shell, trace
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
@@ -56,8 +57,10 @@ class Job:
         samples: int,
         effort: float,
         progress: Progress | None,
+        *,
+        inplace: bool = False,
     ) -> Job:
-        """The job, its data read.
+        """The job, its data read; the model itself where it is to be changed.
 
         Raises:
             GMError: the data is empty or of another kind, or the effort is not a positive number.
@@ -68,7 +71,7 @@ class Job:
         batches = [] if data is None else take(data, samples=samples, device=device)
         if inputs is None and batches:
             inputs = first_of(batches[0], EXAMPLES)
-        return cls(model, group, batches, inputs, float(effort), progress)
+        return cls(model if inplace else apart(model, inputs), group, batches, inputs, float(effort), progress)
 
     def calibration(self, dense: nn.Module, names: Sequence[str]) -> Calibration | None:
         """What the data says about the dense model; None without data."""
@@ -185,6 +188,20 @@ def _naming(layer: str) -> Iterator[None]:
         raise GMError(f"layer {layer or '(the model itself)'!r}: {problem}") from None
 
 
+def apart(model: nn.Module, inputs: Inputs | None) -> nn.Module:
+    """The model, or a copy of it where a run writes into its parameters, so that they stay as they are.
+
+    Raises:
+        GMError: the model does not run on the inputs.
+    """
+    if inputs is None:
+        return model
+    copied = private(model)
+    run_seeded(copied, inputs)
+    pairs = zip(model.parameters(), copied.parameters(), strict=True)
+    return model if all(torch.equal(old, new) for old, new in pairs) else duplicate(model, {})
+
+
 def private(model: nn.Module) -> nn.Module:
     """A copy with memory of its own, in evaluation mode."""
-    return duplicate(model, {}).eval()
+    return evaluating(duplicate(model, {}))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attaching import CHILD, dense_class, structured
+from .copies import state_of
 from .errors import GMError
 from .groupconv import GroupConv
 from .homogeneous import HomogeneousConv
@@ -109,7 +110,7 @@ def _metrics(
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of the tensors in the model's state dict, tied ones once."""
-    tensors = {id(each): each for each in model.state_dict(keep_vars=True).values() if isinstance(each, Tensor)}
+    tensors = {id(each): each for each in state_of(model).values() if isinstance(each, Tensor)}
     return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
@@ -241,9 +242,8 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
         return attached.view.shape
     if isinstance(layer, GMLayer):
         return layer.weight_shape
-    weight = layer.weight
-    assert isinstance(weight, Tensor), "only layers that hold a weight are counted"
-    return tuple(weight.shape)
+    weight = getattr(layer, "weight", None)  # which a subclass may have packed away
+    return tuple(weight.shape) if isinstance(weight, Tensor) else (0,)
 
 
 def _positions(layer: nn.Module, output: Tensor, given: Tensor | None) -> int:

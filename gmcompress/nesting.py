@@ -1,4 +1,4 @@
-"""Nested inputs by name: the tensors and the settings in them, and back."""
+"""Nested inputs by name, the tensors and the settings in them, and back; objects in outputs laid open."""
 
 from __future__ import annotations
 
@@ -8,13 +8,30 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .errors import GMError, shown
+from .files import is_storable
 
 ROOT = "input"
 STEP = re.compile(r"([.,:])([^.,:]*)")  # a place in a list, in a tuple, a key of a mapping
 SETTINGS = (bool, int, float, str, type(None))
+
+
+def laid_open(outputs: Any, *, depth: int = 4) -> Any:
+    """Nested outputs with the objects in them, such as dataclasses, as mappings of what they hold.
+
+    >>> from types import SimpleNamespace
+    >>> laid_open([1, SimpleNamespace(x=2.0)])
+    [1, {'x': 2.0}]
+    """
+
+    def opened(each: Any) -> Any:
+        closed = isinstance(each, Tensor | nn.Module) or callable(each) or not hasattr(each, "__dict__")
+        return each if closed or not depth else {k: laid_open(v, depth=depth - 1) for k, v in vars(each).items()}
+
+    return tree_map(opened, outputs)
 
 
 def by_name(inputs: Any, *, name: str = ROOT) -> dict[str, Any]:
@@ -26,7 +43,8 @@ def by_name(inputs: Any, *, name: str = ROOT) -> dict[str, Any]:
     >>> by_name({"x": 1, "pair": (2.0, [None])})
     {'input:x': 1, 'input:pair,0000': 2.0, 'input:pair,0001.0000': None}
     """
-    if isinstance(inputs, Tensor) or type(inputs) in SETTINGS or (type(inputs) in (list, tuple, dict) and not inputs):
+    plain = isinstance(inputs, Tensor) and is_storable(inputs)
+    if plain or type(inputs) in SETTINGS or (type(inputs) in (list, tuple, dict) and not inputs):
         return {name: inputs}
     if isinstance(inputs, Mapping):
         if unwanted := [key for key in inputs if not isinstance(key, str)]:
@@ -36,8 +54,9 @@ def by_name(inputs: Any, *, name: str = ROOT) -> dict[str, Any]:
         mark = "." if isinstance(inputs, list) else ","
         steps = {f"{mark}{index:04d}": each for index, each in enumerate(inputs)}
     else:
-        wanted = "example inputs to be saved are tensors, numbers, texts, and lists and mappings of these"
-        raise GMError(f"{wanted}, but {name} is {type(inputs).__name__}")
+        wanted = "example inputs to be saved are plain tensors, numbers, texts, and lists and mappings of these"
+        found = f"{inputs.dtype}, {inputs.layout}" if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise GMError(f"{wanted}, but {name} is {found}")
     return {key: leaf for step, each in steps.items() for key, leaf in by_name(each, name=name + step).items()}
 
 

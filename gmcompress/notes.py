@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .copies import state_of
 from .errors import GMError
 from .files import (
     file_digest,
@@ -92,13 +93,14 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for each in tensors:
         found.update(f"{each.dtype}{tuple(each.shape)}".encode())
-        found.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        plain = each.dequantize() if each.is_quantized else each.to_dense() if each.layout != torch.strided else each
+        found.update(plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:
     """A digest of all parameters and buffers of a model."""
-    return tensors_digest(each for _, each in sorted(model.state_dict().items()))
+    return tensors_digest(each for _, each in sorted(state_of(model).items()) if isinstance(each, Tensor))
 
 
 def data_digest(batches: Iterable[Any]) -> str:

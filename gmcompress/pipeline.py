@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_flatten
 from . import metrics
 from .allocation import allocate
 from .attaching import empty, exchange, remember, set_bias, structured
+from .batches import SAMPLES, take
 from .budgets import Given, parse_budget
-from .calibration import SAMPLES, take
 from .errors import GMError, nearest_names
 from .groups import Group
 from .jobs import Job, private
 from .layers import GMLayer, GMWeight
 from .metrics import measure_together
+from .nesting import laid_open
 from .planning import Override, Plan, Rule, Rules, choose
 from .projection import Fit, fitted_distance, relative_error, svd_error
 from .reconstruction import Reconstruction
@@ -71,7 +72,7 @@ def make_plan(
         return allocate(job.table(rules, job.notes(checkpoint, "table", rules), [budgets]), budgets)
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
-    sites = rehearsed_sites(model, job.inputs)
+    sites = rehearsed_sites(job.model, job.inputs)
     total = sum(each.numel() for each in model.parameters())
     return choose(sites, group, model_parameters=total, rank=rank, residual=residual, **rules)
 
@@ -166,7 +167,7 @@ def compress(
         wanted |= {"checkpoint": checkpoint, "progress": progress}
         plan = make_plan(model, group, **wanted, **rules)
     check_plan(plan, model)
-    job = Job.of(model, group, inputs, data, samples, effort, progress)
+    job = Job.of(model, group, inputs, data, samples, effort, progress, inplace=inplace)
     return carry_out(plan, job, checkpoint=checkpoint, inplace=inplace)
 
 
@@ -289,12 +290,18 @@ def check_outputs(expected: Any, found: Any) -> None:
     Raises:
         GMError: they differ, so that the compressed model could not take the place of the dense one.
     """
-    (old, old_form), (new, new_form) = tree_flatten(expected), tree_flatten(found)
+    (old, old_form), (new, new_form) = (tree_flatten(laid_open(each)) for each in (expected, found))
     if old_form != new_form or _axes(old) != _axes(new):
         raise GMError(f"the compressed model returns {describe(new)} where the dense one returned {describe(old)}")
     for before, after in zip(old, new, strict=True):
-        if isinstance(before, Tensor) and torch.isfinite(before).all() and not torch.isfinite(after).all():
+        if _finite(before) and not _finite(after):
             raise GMError("the compressed model's outputs are not finite on the inputs given; try a larger rank")
+
+
+def _finite(leaf: Any) -> bool:
+    """Whether nothing in it is known to be infinite or NaN."""
+    plain = isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
+    return not plain or bool(torch.isfinite(leaf).all())
 
 
 def _axes(leaves: Iterable[Any]) -> list[Any]:

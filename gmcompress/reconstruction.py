@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Moments, collect, count_examples, first_examples, norms_after, output_moments
+from .batches import count_examples, first_examples
+from .calibration import Moments, collect, norms_after, output_moments
 from .candidates import Subject, plain_svd
 from .factors import Metric
 from .files import json_digest
 from .notes import Notes
+from .plain import is_plain
 from .projection import Fit, project, relative_error, svd_error
 from .structure import Structure, expand
-from .surgery import Inputs, find_weight, is_plain, read_weight, write_weight
+from .surgery import Inputs, find_weight, read_weight, write_weight
 
 PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
 FEWEST = 4  # passes in any case

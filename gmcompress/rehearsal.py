@@ -1,14 +1,16 @@
 """Rehearse a compression: which weights the model's code takes computed, found by running it with all of them so.
 
 A model may ask for the very type of a layer, unpack its parameters, write into them or keep them elsewhere. So before
-anything is planned the weights are changed, once where they are, and once as structured weights of the trivial group,
-which hold any matrix. Where the second model does not run, or computes something else, a layer has to stay dense.
+anything is planned the weights are changed, once where they are, and once as structured weights of the trivial group
+with a residual, which hold any matrix. Where the second model does not run, or computes something else, a layer has to
+stay dense.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from typing import Any
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .attaching import empty, exchange
-from .copies import duplicate
+from .copies import duplicate, evaluating, state_of
 from .errors import GMError, said
 from .layers import GMLayer, GMWeight
+from .nesting import laid_open
 from .surgery import Inputs, Site, describe, find_weight, read_weight, run_seeded, trace, write_weight
 
-ANY = "C1"  # the group whose matrices are all matrices
+ANY = "C1+lowrank:1"  # what all matrices are; who computes with the stored tensors instead finds other products
 RUNS = 60  # of a model that refuses some weights, at most; those that are not sorted by then stay dense
 REFUSED = "the model's code does not take a computed weight here: "
 ELSEWHERE = "with a computed weight here the model's outputs change, so its code gets at the weight on a way of its own"
@@ -62,9 +65,11 @@ class _Rehearsal:
 
     model: nn.Module
     twin: nn.Module
+    offsets: Mapping[str, float]  # what the residual of a stand-in is everywhere
     inputs: Inputs
     expected: Any
     repeats: bool  # whether a second run of the twin gives the same
+    stores: bool  # whether it can give its state
     taken: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     runs: int = 0
@@ -72,16 +77,20 @@ class _Rehearsal:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, inputs: Inputs, names: Sequence[str]) -> _Rehearsal:
-        twin = duplicate(model, {}).eval().requires_grad_(False)
+        twin = evaluating(duplicate(model, {})).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
+        offsets = {}
         for name in names:
             weight = read_weight(twin, name)
             assert weight is not None, "a site without an obstacle holds a matrix"
             factors = 0.5 + torch.rand(weight.shape, generator=generator)
-            write_weight(twin, name, weight * factors.to(weight))
+            scaled = weight * factors.to(weight)
+            # a power of two so large that the kernel of a stand-in and its residual add up without rounding
+            offsets[name] = 2.0 ** (1 + math.frexp(float(scaled.abs().nan_to_num(0.0, 0.0).max()))[1])
+            write_weight(twin, name, (scaled - offsets[name]) + offsets[name])
         # runs of copies, since a model may write into its weights
-        expected, again = (run_seeded(duplicate(twin, {}), inputs) for _ in range(2))
-        return cls(model, twin, inputs, expected, agree(expected, again))
+        expected, again = (_outputs(duplicate(twin, {}), inputs) for _ in range(2))
+        return cls(model, twin, offsets, inputs, expected, agree(expected, again), stores=_has_state(twin))
 
     def take(self, names: Sequence[str]) -> None:
         """Sort weights into those that the model takes computed, beside the ones taken before, and the others."""
@@ -105,8 +114,10 @@ class _Rehearsal:
         except GMError as problem:  # of a class that can have no subclass
             return str(problem)
         try:
-            found = run_seeded(small, self.inputs)
-        except GMError as problem:
+            found = _outputs(small, self.inputs)
+            if self.stores:
+                state_of(small)
+        except Exception as problem:  # of any kind, from hooks on the state
             return REFUSED + said(problem.__cause__ or problem)
         return "" if not self.repeats or agree(found, self.expected) else ELSEWHERE
 
@@ -118,14 +129,16 @@ class _Rehearsal:
         kept = {id(_parameter(self.model, name)) for name in names}
         pairs = zip(self.model.parameters(), self.twin.parameters(), strict=True)
         memo = {id(old): nn.Parameter((old if id(old) in kept else new).detach(), False) for old, new in pairs}
-        copied = duplicate(self.model, memo).eval()
+        copied = evaluating(duplicate(self.model, memo))
         return exchange(copied, {name: self._stand_in(copied, name) for name in names})
 
     def _stand_in(self, copied: nn.Module, name: str) -> GMLayer:
         layer, weight = empty(copied, name, ANY), read_weight(self.twin, name)
         assert weight is not None
-        assert isinstance(layer.kernel, Tensor)
-        layer.kernel = nn.Parameter(weight.reshape(layer.kernel.shape), requires_grad=False)
+        parts = layer.requires_grad_(False).parts()
+        parts["kernel"].copy_((weight - self.offsets[name]).reshape(parts["kernel"].shape))
+        parts["left"].fill_(self.offsets[name])
+        parts["right"].fill_(1.0)
         if not isinstance(layer, GMWeight):
             layer.register_parameter("bias", find_weight(copied, name)[0]._parameters["bias"])
         return layer.eval()
@@ -136,13 +149,31 @@ def _parameter(model: nn.Module, name: str) -> Tensor:
     return module.get_parameter(key)
 
 
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
+    """What the model returns; in training mode and again where a `train` of its own may write into its weights."""
+    found = [run_seeded(model, inputs)]
+    if any(type(each).train is not nn.Module.train for each in model.modules()):
+        with suppress(Exception):  # such as a batch too small for training, which fails for every weight
+            model.train()
+            found.append(run_seeded(model, inputs))
+        found.append(run_seeded(evaluating(model), inputs))
+    return found
+
+
+def _has_state(model: nn.Module) -> bool:
+    try:
+        return bool(state_of(model))
+    except Exception:
+        return False
+
+
 def agree(found: Any, expected: Any) -> bool:
     """Whether outputs have one nesting and one set of shapes, and are equal up to rounding.
 
     >>> agree({"y": torch.ones(2)}, {"y": torch.ones(2)}), agree([torch.ones(2)], [torch.zeros(2)])
     (True, False)
     """
-    (new, new_form), (old, old_form) = tree_flatten(found), tree_flatten(expected)
+    (new, new_form), (old, old_form) = (tree_flatten(laid_open(each)) for each in (found, expected))
     if new_form != old_form or describe(new) != describe(old):
         return False
     return all(

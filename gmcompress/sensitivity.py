@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calibration import first_output, likelihood
-from .surgery import Inputs, call, floating
+from .calibration import climb
+from .surgery import Inputs, floating
 
 DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
 
@@ -40,9 +41,7 @@ def sensitivities(
             hook = _hook(name, sums[name], uneven)
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         for batch in batches:
-            score = likelihood(first_output(call(model, batch)), generator, logits=logits)
-            if score.requires_grad:
-                score.backward()
+            climb(model, batch, generator, logits=logits)
     for each in model.parameters():
         each.grad = None
     found = {}
@@ -77,6 +76,8 @@ def _hook(name: str, totals: dict[int, Tensor], uneven: set[str]) -> Callable[..
                 else:
                     totals[index] = totals.get(index, 0) + squares
 
+            if is_functorch_wrapped_tensor(each):
+                continue
             begun = each
             if not each.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
                 begun = each + torch.zeros((), dtype=each.dtype, device=each.device, requires_grad=True)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .attaching import CHILD, empty, exchange, structured
+from .copies import evaluating, state_of
 from .errors import GMError, nearest_names, shown
 from .files import (
     file_digest,
+    is_storable,
     new_folder,
     parse_json,
     read_json,
@@ -35,7 +37,7 @@ from .files import (
 )
 from .groupconv import GroupConv
 from .layers import GMWeight
-from .nesting import ROOT, by_name, nested, settings_text
+from .nesting import ROOT, by_name, laid_open, nested, settings_text
 from .planning import Plan
 from .reporting import Result
 from .separables import like_told, separations
@@ -65,6 +67,7 @@ def save(
     """
     place = usable(folder)
     plan = model.plan if isinstance(model, Result) else None
+    given = inputs is not None
     if isinstance(model, Result):
         inputs = model.inputs if inputs is None else inputs
         model = model.model
@@ -72,10 +75,16 @@ def save(
     if source is not None and not source.startswith("timm:"):
         raise GMError(f'a source is "timm:" and the name of a model, not {source!r}')
     tensors, aliases = _distinct(model)
-    pair = _pair(model, _example(model) if inputs is None else inputs)
-    if not pair:
+    try:
+        pair = _pair(model, _example(model) if inputs is None else inputs)
+        missing = "" if pair else "; pass inputs="
+    except GMError as problem:
+        if given:
+            raise
+        pair, missing = {}, f": {problem}"
+    if missing:
         warnings.warn(
-            "saved without example inputs, so load() cannot run the model to check it; pass inputs=", stacklevel=2
+            f"saved without example inputs, so load() cannot run the model to check it{missing}", stacklevel=2
         )
     layers = {name: str(each.structure) for name, each in structured(model).items()} | separations(model)
     content: dict[str, Any] = {
@@ -112,7 +121,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     tensors = read_tensors(place / WEIGHTS)
     small = _rebuilt(dense, content["layers"], tensors, place)
     _fill(small, tensors, content, place)
-    _check_pair(small.eval(), read_tensors(place / CHECK), content["check"], place)
+    _check_pair(evaluating(small), read_tensors(place / CHECK), content["check"], place)
     return small
 
 
@@ -153,9 +162,15 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state_of(model).items():
         if not isinstance(tensor, Tensor):
             raise GMError(f"the model's state {name!r} is no tensor but {type(tensor).__name__}, which cannot be saved")
+        if not is_storable(tensor):
+            kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
+            raise GMError(
+                f"the model's state {name!r} ({kind}) is no tensor that safetensors can hold; "
+                "register it with persistent=False, or as another"
+            )
         kept = first.setdefault(id(tensor), name)
         if kept == name:
             tensors[name] = tensor.detach().clone()
@@ -202,7 +217,10 @@ def _unnamed(named: Mapping[str, Any]) -> Inputs:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+    """The tensors in an output, as such that can be stored."""
+    found = [each for each in tree_leaves(laid_open(output)) if isinstance(each, Tensor) and not each.is_nested]
+    found = [each if each.layout is torch.strided else each.to_dense() for each in found]
+    return [torch.view_as_real(each) if each.dtype == torch.complex128 else each for each in found]
 
 
 def _built(source: Any, place: Path) -> nn.Module:
@@ -252,7 +270,7 @@ def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, Any], place: Path) -> None:
     """Put the stored tensors in place: shapes must agree, dtypes become the stored ones, ties stay ties."""
     aliases = content["aliases"]
-    own = model.state_dict(keep_vars=True)
+    own, buffers = state_of(model), dict(model.named_buffers(remove_duplicate=False))
     known = {*tensors, *aliases}
     missing, foreign = sorted(set(own) - known), sorted(known - set(own))
     if missing or foreign:
@@ -269,13 +287,18 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
             raise GMError(f"{place / WEIGHTS}: {name!r} is missing or of another dtype than {DESCRIPTION} says")
         if found.dtype != target.dtype and not (found.is_floating_point() and target.is_floating_point()):
             raise GMError(f"{place / WEIGHTS}: {name!r} is of {found.dtype}, but in the model of {target.dtype}")
-        if found.shape != target.shape:
+        unfilled = name in buffers and target.numel() <= 1  # as an observer's is that takes the shape of what it sees
+        if found.shape != target.shape and not unfilled:
             shapes = f"{tuple(found.shape)} there, {tuple(target.shape)} in the model"
             raise GMError(f"{place / WEIGHTS} was saved from another model: {name!r} has shape {shapes}")
     with torch.no_grad():
         for name, target in own.items():
+            found, (path, _, key) = tensors[aliases.get(name, name)], name.rpartition(".")
+            if key == "_extra_state":
+                model.get_submodule(path).set_extra_state(found)
             # a fresh copy is aligned in memory, without which some CPU kernels round in another order
-            target.data = tensors[aliases.get(name, name)].to(target.device, copy=True)
+            like = target if found.shape == target.shape else found  # strides stay, as those of channels_last
+            target.data = torch.empty_like(like, dtype=found.dtype, device=target.device).copy_(found)
 
 
 def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str], place: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
-from .copies import duplicate
+from .copies import duplicate, evaluating, own
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
+from .nesting import laid_open
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -123,14 +124,14 @@ def shell(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:  # whose run changes it
             memo |= {id(each): nn.Parameter(each.detach().clone(), False) for each in module.parameters()}
-    return duplicate(model, memo).eval()
+    return evaluating(duplicate(model, memo))
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """One forward pass: a tensor is the only argument, a sequence the positional ones, a mapping the named ones."""
+    """One forward pass on a copy of the inputs: a tensor is the argument, a sequence or mapping holds all of them."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+        return model(**own(dict(inputs)))
+    return model(*own(list(inputs))) if isinstance(inputs, list | tuple) else model(own(inputs))
 
 
 def describe(inputs: Any) -> str:
@@ -149,8 +150,9 @@ def describe(inputs: Any) -> str:
 
 
 def floating(outputs: Any) -> list[Tensor]:
-    """The tensors of floating point in what a module returns."""
-    return [each for each in tree_flatten(outputs)[0] if isinstance(each, Tensor) and each.is_floating_point()]
+    """The tensors of floating point in what a module returns, but for sparse and nested ones."""
+    found = (each for each in tree_leaves(laid_open(outputs)) if isinstance(each, Tensor) and each.is_floating_point())
+    return [each for each in found if each.layout is torch.strided and not each.is_nested]
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
@@ -309,17 +311,6 @@ def write_weight(model: nn.Module, name: str, matrix: Tensor) -> None:
     view = view_of(module, key, parameter)
     assert view is not None, "what is planned is known to be a matrix"
     parameter.copy_(view.parameter(matrix.to(parameter)))
-
-
-def is_plain(model: nn.Module, name: str) -> bool:
-    """Whether a weight W is that of a Linear or Conv2d alone, whose outputs are W x and a bias of its own."""
-    module, key = find_weight(model, name)
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    if type(module) not in (nn.Linear, nn.Conv2d) or key != "weight" or hooked:
-        return False
-    own = {id(each) for each in module._parameters.values() if each is not None}
-    others = (each for each in model.modules() if each is not module)
-    return all(own.isdisjoint(map(id, each._parameters.values())) for each in others)
 
 
 def conv_groups_of(model: nn.Module, name: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -105,6 +107,41 @@ class Nested(nn.Module):
         return {"logits": logits, "masked": [logits.masked_fill(logits == logits.amax(), float("-inf"))]}
 
 
+class Habits(nn.Module):
+    """Changes its inputs, reads what was set on a parameter, holds a lock; a part of it holds its owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.head.weight.scale = 0.5  # type: ignore[attr-defined]
+        self.lock = {"held": [threading.Lock()]}
+        self.body.owner = weakref.ref(self)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
+        x.sub_(1.0).add_(more.pop())
+        with self.lock["held"][0]:
+            x = torch.tanh(self.body(x)) + self.body.owner().more(x)
+        return self.head(x) * self.head.weight.scale
+
+
+class Altered(nn.Module):
+    """Layers that are not as they were made, and attributes under names that structured layers use themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3)
+        self.conv.stride, self.conv.padding = 2, (1, 1)  # type: ignore[assignment]
+        self.wide, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.wide.weight, self.wide.bias = nn.Parameter(torch.randn(16, 8) / 3), nn.Parameter(torch.zeros(16))
+        self.named = nn.Linear(16, 8)
+        vars(self.named).update(path="here", labels="these", kernel=2.0, PARTS=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        named = self.named
+        assert (named.path, named.labels, named.PARTS) == ("here", "these", 3)
+        return self.head(named(self.wide(self.conv(self.stem(x)).mean((2, 3)))) * named.kernel)
+
+
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
@@ -114,6 +151,8 @@ MODELS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "asks for kinds": (AsksForKinds, lambda: rows(2, 3, 4, 4), ("conv", "steps.0", "steps.1")),
     "closes over": (after_a_call, lambda: rows(4, 8), ("body", "side", "seen")),
     "other parts": (OtherParts, lambda: rows(4, 8), ("body", "compiled._orig_mod.0", "parallel.module")),
+    "habits": (Habits, lambda: [rows(4, 8), [rows(4, 8)]], ("body", "more")),
+    "altered": (Altered, lambda: rows(2, 3, 6, 6), ("conv", "wide", "named")),
     "forces": (Forces, lambda: rows(4, 8), ("body", "more")),
     "nested": (
         Nested,

@@ -196,6 +196,31 @@ def test_hooks_and_attributes_are_kept():
     assert fired
 
 
+def test_what_is_no_longer_as_it_was_made_is_attached_to():
+    model, inputs = small("altered")
+    assert isinstance(model.conv.structured_weight, gm.GMWeight)
+    assert model.wide.weight.shape == (16, 8)
+    assert (model.conv.stride, model.named.path, model.named.labels) == (2, "here", "these")
+    assert type(gm.densify(model).named) is nn.Linear
+    assert_same(run(gm.densify(model), inputs), run(model, inputs))
+
+
+def test_a_module_that_lets_nothing_be_set_on_it():
+    class Sealed(nn.Linear):
+        def __setattr__(self, key, value):
+            if "bias" in vars(self).get("_parameters", ()) and key != "training":
+                raise AttributeError(f"{key} cannot be set")
+            super().__setattr__(key, value)
+
+    model, x = nn.Sequential(Sealed(8, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(9, 8)
+    for options in ({"rank": 1}, {"budget": "80%", "data": x}):
+        result = gm.compress(model, "C4", inputs=x, **options)
+        assert "0" in result.plan.layers
+        dense = gm.densify(result.model)
+        assert type(dense[0]) is Sealed
+        assert_same(run(dense, x), run(result.model, x))
+
+
 def test_in_place_rolls_back_whole():
     class Refuses(nn.Module):
         def __init__(self):
@@ -401,6 +426,17 @@ def test_what_is_no_matrix_is_refused():
     with pytest.raises(gm.GMError, match=r"Closed cannot compute its weight: .*; exclude it"):
         gm.compress(nn.Sequential(Closed(8, 8), nn.Linear(8, 3)), "C4", rank=1)
     plan = gm.plan(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), "C4", rank=1)
+
+    class Registry(nn.Linear):
+        def __init_subclass__(cls):
+            raise RuntimeError("no more of these")
+
+    with pytest.raises(gm.GMError, match="Registry cannot compute its weight: no more of these; exclude it"):
+        gm.compress(nn.Sequential(Registry(8, 8), nn.Linear(8, 3)), "C4", rank=1)
+    taken = zoo.mlp()
+    taken[0].structured_weight = nn.Linear(16, 16)
+    with pytest.raises(gm.GMError, match="Linear has a 'structured_weight' of its own; exclude its weight"):
+        gm.compress(taken, "C4", rank=1)
     with pytest.raises(gm.GMError, match=r"another network: '0' .*is not known to be a matrix here"):
         gm.compress(nn.Sequential(nn.ReLU(), nn.Linear(8, 3)), plan=plan)
     with pytest.raises(gm.GMError, match="no structured layer for weight of LayerNorm"):

@@ -1,7 +1,7 @@
 """Calibration: moments against loops over patches, the targets they imply, divergences, gradients, and bad data."""
 
 import itertools
-from collections.abc import Iterator
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from conftest import assert_close, must_fail
 from torch import Generator, Tensor, nn
 
+import gmcompress as gm
 from gmcompress import calibration
 from gmcompress.calibration import (
     Moments,
@@ -18,10 +19,9 @@ from gmcompress.calibration import (
     norms_after,
     output_moments,
     outputs,
-    split_batch,
-    take,
 )
 from gmcompress.errors import GMError
+from gmcompress.plain import is_plain
 
 CONVOLUTIONS = [
     {"kernel_size": 3},
@@ -197,46 +197,93 @@ def test_a_target_is_trusted_as_far_as_held_out_examples_bear_it_out(examples: i
         assert careful < 0.8 * trusting
 
 
-# ------------------------------------------------------------------------------------------------------------ the data
+class Routed(nn.Module):
+    """Some vectors go through a layer, which ones depends on what comes before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.some, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        chosen = x[x[:, 0] > 0]
+        return self.last(self.some(chosen)) if len(chosen) else self.last(chosen)
 
 
-def batches_of(*sizes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for size in sizes:
-        yield torch.arange(size).float()[:, None], torch.zeros(size)
+def test_layers_that_see_other_vectors_in_the_compressed_model(generator: Generator) -> None:
+    torch.manual_seed(0)
+    dense, small = Routed().eval(), Routed().eval()
+    x = torch.randn(20, 8, generator=generator)
+    found, own = (collect(each, small, ["some", "last"], [x, x])["some"] for each in (dense, small))
+    assert found.count != collect(dense, dense, ["some"], [x, x])["some"].count
+    for one, other in ((found.inputs, own.inputs), (found.cross, own.inputs), (found.mean, own.mean)):
+        assert_close(one, other)
+    with torch.no_grad():
+        small.first.bias[0] = -100.0
+    assert not collect(dense, small, ["some", "last"], [x])
 
 
-def test_what_is_taken_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [len(each) for each in take(batches_of(4, 4, 4), samples=6)] == [4, 2]
-    assert [len(each) for each in take(batches_of(4, 4), samples=8)] == [4, 4]
-    assert [len(each) for each in take(torch.zeros(9, 2), samples=5)] == [5]
-    mapping = {"x": torch.zeros(4, 2), "labels": torch.zeros(4), "scale": 3}
-    for data in (mapping, [mapping]):
-        (found,) = take(data, samples=3)
-        assert set(found) == {"x", "scale"}
-        assert (found["x"].shape, found["scale"]) == ((3, 2), 3)
-    monkeypatch.setattr(calibration, "MEMORY", 40)
-    assert [len(each) for each in take(batches_of(6, 6, 6))] == [6, 6]
+@pytest.mark.parametrize("options", [{"budget": "75%"}, {"rank": 1}], ids=str)
+def test_a_model_whose_code_follows_values_is_compressed(options, generator: Generator) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, generator=generator)
+    result = gm.compress(Routed(), "C4", data=[x], **options)
+    assert result.report.after.parameters < result.report.before.parameters
+    assert result.model(x).shape[1] == 3
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [([], "empty"), ([3], "gave int"), ([torch.tensor(1.0)], "first axis"), ([torch.zeros(0, 3)], "first axis")],
-)
-def test_bad_data_is_refused(data: object, message: str) -> None:
-    with pytest.raises(GMError, match=message):
-        take(data)
+def test_images_without_a_batch_axis(generator: Generator) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(3, 6, 7, generator=generator)
+    one, batch = (collect(model, model, ["0"], [each])["0"] for each in (x, x[None]))
+    assert torch.equal(one.inputs, batch.inputs)
+    found = [output_moments(model, [each], ["0"], logits=False)["0"] for each in (x, x[None])]
+    assert_close(found[0], found[1])
 
 
-def test_batches_are_split_and_joined(generator: Generator) -> None:
-    x = torch.randn(7, 3, generator=generator)
-    for limit, sizes in ((6, [2, 2, 2, 1]), (1, [1] * 7), (100, [7])):
-        assert [len(each) for each in split_batch(x, limit)] == sizes
-        assert torch.equal(torch.cat(split_batch(x, limit)), x)
-    pieces = split_batch({"x": x, "y": x, "flag": True}, 12)
-    assert [len(each["x"]) for each in pieces] == [2, 2, 2, 1]
-    assert all(each["flag"] for each in pieces)
-    uneven = {"x": x, "y": x[:2]}
-    assert split_batch(uneven, 1) == [uneven]
+@pytest.mark.parametrize("kind", ["buffer", "tensor", "other settings"])
+def test_layers_that_are_not_plain_are_fitted_to_their_weights(kind: str, generator: Generator) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 9, 3))
+    if kind == "other settings":
+        model[1].padding, model[1].stride = (1, 1), 2
+    else:
+        del model[1].bias
+        model[1].register_buffer("bias", torch.ones(8)) if kind == "buffer" else vars(model[1]).update(
+            bias=torch.ones(8)
+        )
+    x = torch.randn(40, 3, 5, 5, generator=generator)
+    assert not is_plain(model, "1")
+    result = gm.compress(model, "C4", data=[x], budget={"params": 600}, include="1", exclude=["0", "3"])
+    assert list(result.plan.layers) == ["1"]
+    assert torch.isfinite(result.model(x)).all()
+
+
+def test_layers_inside_of_vmap(generator: Generator) -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parameters, buffers = torch.func.stack_module_state(list(self.nets))
+
+            def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+                return torch.func.functional_call(self.nets[0], (parameters, buffers), (x,))
+
+            return self.head(torch.vmap(one)(parameters, buffers).mean(0))
+
+    x = torch.randn(40, 8, generator=generator)
+    result = gm.compress(Ensemble(), "C4", data=[x], rank=1)
+    assert torch.isfinite(result.model(x)).all()
+
+
+def test_a_model_that_lets_no_gradients_through(generator: Generator) -> None:
+    class Closed(nn.Sequential):
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    x = torch.randn(40, 8, generator=generator)
+    assert gm.compress(Closed(nn.Linear(8, 8), nn.Linear(8, 3)), "C4", data=[x], budget="75%").plan.layers
 
 
 # ------------------------------------------------------------------------------------------------------ the divergences
@@ -272,6 +319,23 @@ def test_the_divergence_of_other_outputs(generator: Generator) -> None:
     assert_close(divergence([old], [new], logits=False), expected)
     assert_close(divergence([5 * old + 1], [5 * new + 1], logits=False), expected)
     must_fail(assert_close, divergence([old], [2 * new], logits=False), expected)
+    single = old[:, :1]  # of a binary classifier, in which a softmax says nothing
+    for logits in (True, False):
+        assert_close(
+            divergence([single], [new[:, :1]], logits=logits), divergence([old[:, 0]], [new[:, 0]], logits=False)
+        )
+        longer = torch.cat([new, new[:1]])
+        assert_close(divergence([old], [longer], logits=logits), divergence([old], [new], logits=logits))
+        assert divergence([old], [new[:0]], logits=logits) == 0
+        assert math.isfinite(divergence([old[0, 0]], [new[0, 0]], logits=logits))
+    assert_close(
+        divergence([old[:1]], [new[:1]], logits=False),
+        float((old - new)[0].square().mean() / old[0].var(unbiased=False)),
+    )
+    assert divergence([torch.zeros(2, 2)], [torch.ones(2, 2)], logits=False) == 1
+    losses = nn.Sequential(nn.Linear(2, 2))
+    losses.register_forward_hook(lambda _module, _inputs, found: {"loss": found.mean(), "logits": found})
+    assert outputs(losses, [torch.ones(3, 2)])[0].shape == (3, 2)
     with pytest.raises(GMError, match="no tensor of floating point"):
         outputs(nn.Flatten(), [torch.zeros(2, 2, dtype=torch.int64)])
 

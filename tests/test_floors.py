@@ -11,10 +11,11 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "nesting", "sharing"),
-    ("fourier", "fewrows", "signals"),
+    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing"),
+    ("fourier", "fewrows", "signals", "nesting"),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
-    ("factors", "factored", "selection", "calibration", "rules", "separation", "stencils"),
+    ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils"),
+    ("calibration",),
     ("products",),
     ("fitting", "layers", "groupconv", "lattice", "lieconv"),
     ("projection", "attaching", "pooling", "homogeneous", "separables"),

@@ -63,6 +63,22 @@ def test_convolutions_of_every_padding(text, options):
     assert count_macs(frozen, x) == (counter.get_total_flops() // 2,) * 2
 
 
+@pytest.mark.parametrize("text", LINEAR)
+def test_outputs_lie_in_memory_as_those_of_torch(text):
+    """A model may view them in another shape."""
+    layer = gm.freeze(nn.Sequential(GMLinear(16, 24, text, bias=False)), "structured")
+    for shape in ((1, 16), (70, 16), (2, 35, 16), (2, 3, 5, 16)):
+        assert layer(torch.randn(shape)).is_contiguous()
+    if "D4[" in text:
+        return
+    for size, options in ((1, {}), (3, {"padding": 1})):
+        conv = gm.freeze(nn.Sequential(GMConv2d(16, 24, size, text, bias=False, **options)), "structured")
+        x = torch.randn(2, 16, 5, 6)
+        assert conv(x).is_contiguous()
+        assert conv(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+        assert_close(conv(x.to(memory_format=torch.channels_last)), conv(x), slack=10)
+
+
 @pytest.mark.parametrize("path", ["dense", "structured"])
 def test_changed_weights_are_seen(path):
     frozen, x = gm.freeze(network(), path), torch.randn(2, 8, 4, 4)

@@ -1,6 +1,7 @@
 """Weights that a model's code does not take computed stay dense, with a reason; the rest is compressed."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import gmcompress as gm
+from gmcompress.attaching import structured
 from gmcompress.copies import duplicate
-from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, agree, rehearsed_sites
-from gmcompress.surgery import run, trace
+from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, _Rehearsal, agree, rehearsed_sites
+from gmcompress.surgery import read_weight, run, trace
 
 
 class Model(nn.Module):
@@ -59,6 +61,18 @@ def unpacks(self, x):
     return F.linear(x, weight, bias)
 
 
+class Renamed(nn.Linear):
+    """A hook on its state that needs the dense weight."""
+
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        self._register_state_dict_hook(lambda _module, state, prefix, _: state.update(w=state.pop(f"{prefix}weight")))
+
+
+def scaled(self, x):
+    return torch.func.functional_call(self.picky, {key: 2 * each for key, each in self.picky.named_parameters()}, (x,))
+
+
 def called(self, x):
     return self.picky(x)
 
@@ -72,6 +86,8 @@ HAZARDS = {
     "bound": (Model, (lambda self, x: self.bound(x),), ELSEWHERE),
     "own name": (Model, (called, SelfAware), REFUSED + "AssertionError"),
     "limited": (Model, (called, Limited), ELSEWHERE),
+    "scaled": (Model, (scaled,), ELSEWHERE),
+    "state": (Model, (called, Renamed), REFUSED + "KeyError"),
     "no subclass": (Model, (called, Closed), "cannot compute its weight"),
 }
 
@@ -96,10 +112,66 @@ def test_what_is_refused_stays_dense_and_the_rest_does_not(name, way, tmp_path):
     assert not rehearsed_sites(model, None)[0].obstacle, "without inputs nothing is known of it"
 
 
+def test_what_is_written_at_a_change_of_mode_is_not_lost():
+    class Merging(nn.Linear):
+        """Adds a low rank to its weight for evaluation, and takes it away for training."""
+
+        def __init__(self, *widths):
+            super().__init__(*widths)
+            self.left, self.right, self.merged = nn.Parameter(torch.ones(8, 1)), nn.Parameter(torch.ones(1, 8)), False
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode == self.merged:
+                self.weight.data += (1 - 2 * mode) * self.left @ self.right
+                self.merged = not mode
+            return self
+
+        def forward(self, x):
+            return super().forward(x) + (0 if self.merged else x @ self.right.T @ self.left.T)
+
+    model, x = Model(called, Merging), torch.randn(4, 8)
+    expected = run(model, x)
+    assert_close(run(model.eval(), x), expected, slack=10)
+    result = gm.compress(model, "C4", rank=1, inputs=x)
+    assert ELSEWHERE in result.plan.skipped["picky"]
+    assert list(result.plan.layers) == ["free"]
+    small = run(result.model, x)
+    assert_close(run(result.model.train().eval(), x), small, slack=10)
+
+
+def test_objects_in_outputs_are_compared_too():
+    class Found(types.SimpleNamespace):
+        pass
+
+    class Holds(Model):
+        def forward(self, x):
+            return Found(logits=super().forward(x), more=[Found(x=self.aside[0])])
+
+    model, x = Holds(lambda self, x: F.linear(x, self.aside[0])).eval(), torch.randn(4, 8)
+    for way in ({"rank": 1}, {"budget": "85%", "data": x}):
+        result = gm.compress(model, "C4", inputs=x, **way)
+        assert ELSEWHERE in result.plan.skipped["picky"]
+    assert agree(Found(x=torch.ones(2)), Found(x=torch.ones(2)))
+    assert not agree(Found(x=torch.ones(2)), Found(x=torch.zeros(2)))
+
+
 def test_nothing_is_refused_without_a_reason():
     for name in ("mlp", "tied", "two names", "convolutions", "attention", "hooked", "closes over", "bfloat16"):
         model, inputs = zoo.MODELS[name].build(), zoo.MODELS[name].inputs()
         assert rehearsed_sites(model, inputs) == trace(model, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_stand_ins_compute_the_same_bit_for_bit(dtype):
+    """So that rounding turns no token to another expert, whatever the dtype."""
+    model, x = zoo.mlp(dtype), torch.randn(2, 8).to(dtype)
+    rehearsal = _Rehearsal.of(model, x, ["0", "2"])
+    small = rehearsal._computed(["0", "2"])
+    for name in ("0", "2"):
+        assert torch.equal(structured(small)[name].weight, read_weight(rehearsal.twin, name))
+        assert not torch.equal(structured(small)[name].weight, read_weight(model, name))
+    assert torch.equal(run(small, x), run(rehearsal.twin, x))
 
 
 def test_models_that_draw_numbers_or_keep_a_memory_are_not_taken_for_others():

@@ -78,5 +78,6 @@ def test_modules_without_a_gradient_are_left_out():
 
 
 def test_tensors_of_floating_point_in_any_nesting():
+    assert not floating([torch.eye(2).to_sparse()])
     x = torch.ones(2)
     assert len(floating({"a": (x, torch.ones(2, dtype=torch.int64)), "b": [x, None]})) == 2

@@ -236,3 +236,95 @@ def test_models_that_draw_numbers_are_checked_on_the_same_ones(tmp_path):
     state = torch.get_rng_state()
     assert torch.equal(gm.load(tmp_path / "small", other).body.kernel, result.model.body.kernel)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Kept(nn.Module):
+    """A network whose further state is made by the function given to it."""
+
+    def __init__(self, prepare):
+        super().__init__()
+        self.body, self.head, self.factor = nn.Linear(8, 8), nn.Linear(8, 3), 1.0
+        prepare(self)
+
+    def forward(self, x):
+        return self.head(self.body(x)) * self.factor
+
+
+class Extra(Kept):
+    def get_extra_state(self):
+        return torch.tensor(self.factor)
+
+    def set_extra_state(self, state):
+        self.factor = float(state)
+
+
+class Partial(Kept):
+    def state_dict(self):
+        return {"head": self.head.weight}
+
+
+def test_state_of_every_kind_that_can_be_stored(tmp_path):
+    def buffers(model):
+        model.register_buffer("turns", torch.polar(torch.ones(4), torch.arange(4.0)))
+        model.register_buffer("seen", torch.arange(3.0) if vars(model).pop("filled", False) else torch.zeros(1))
+
+    def filled(model):
+        model.filled = True
+        buffers(model)
+
+    x = torch.randn(2, 8)
+    for number, (saved, fresh) in enumerate(
+        ((Kept(filled), Kept(buffers)), (Extra(lambda model: vars(model).update(factor=2.0)), Extra(lambda _: None)))
+    ):
+        result = gm.compress(saved, "C4", rank=1, inputs=x)
+        gm.save(result, tmp_path / str(number))
+        loaded = gm.load(tmp_path / str(number), fresh)
+        assert_bit_identical(run(loaded, x), run(result.model, x))
+        assert_bit_identical(dict(loaded.named_buffers()), dict(result.model.named_buffers()))
+    gm.save(gm.compress(Partial(lambda _: None), "C4", rank=1, inputs=x), tmp_path / "partial")
+    assert gm.load(tmp_path / "partial", Partial(lambda _: None)).body.kernel.any()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda: torch.eye(3).to_sparse(), r"'graph' \(float32, sparse_coo\) is no tensor that safetensors can hold"),
+        (lambda: torch.ones(3, dtype=torch.complex128), r"'graph' \(complex128, strided\)"),
+    ],
+)
+def test_state_that_cannot_be_stored_is_named(state, message, tmp_path):
+    model = Kept(lambda model: model.register_buffer("graph", state()))
+    with pytest.raises(gm.GMError, match=message):
+        gm.save(gm.compress(model, "C4", rank=1, inputs=torch.randn(2, 8)), tmp_path / "small")
+    model.register_buffer("graph", state(), persistent=False)
+    gm.save(gm.compress(model, "C4", rank=1, inputs=torch.randn(2, 8)), tmp_path / "small")
+
+
+def test_inputs_of_a_result_that_cannot_be_stored_are_left_out(tmp_path):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x, adjacency):
+            return torch.sparse.mm(adjacency, self.head(self.body(x))), adjacency
+
+    inputs = [torch.randn(4, 8), torch.eye(4).to_sparse()]
+    result = gm.compress(Graph(), "C4", rank=1, inputs=inputs)
+    with pytest.warns(
+        UserWarning, match=r"cannot run the model to check it: .* input.0001 is torch.float32, torch.spa"
+    ):
+        gm.save(result, tmp_path / "small")
+    loaded = gm.load(tmp_path / "small", Graph())
+    assert torch.equal(run(loaded, inputs)[0], run(result.model, inputs)[0])
+    with pytest.raises(gm.GMError, match="plain tensors"):
+        gm.save(result, tmp_path / "other", inputs=inputs)
+
+
+def test_strides_are_those_of_the_model_given(tmp_path):
+    def build():
+        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)
+
+    x = torch.randn(1, 8, 6, 6)
+    gm.save(gm.compress(build(), "C4", rank=1, inputs=x), tmp_path / "small")
+    assert gm.load(tmp_path / "small", build())[0].weight.is_contiguous(memory_format=torch.channels_last)

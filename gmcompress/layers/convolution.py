@@ -102,7 +102,9 @@ class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc, override]
             return F.conv2d(input, self._dense(), self.bias, self.stride, padding, self.dilation, self.groups)
         if isinstance(padding, str):
             input = F.pad(input, self._reversed_padding_repeated_twice)
-        return conv2d(input, ready, self.structure, self.bias, window=self.window, layout=self.layout)
+        found = conv2d(input, ready, self.structure, self.bias, window=self.window, layout=self.layout)
+        last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+        return found.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)  # as torch does
 
     @property
     def window(self) -> Window:

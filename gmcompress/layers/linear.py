@@ -54,7 +54,8 @@ class GMLinear(GMLayer, nn.Linear):  # type: ignore[misc, override]
         """x W(kernel, ...)ᵀ + bias."""
         ready = self._ready()
         if ready is not None:
-            return linear(input, ready, self.structure, self.bias, layout=self.layout)
+            found = linear(input, ready, self.structure, self.bias, layout=self.layout)
+            return found.contiguous()  # as torch's own, so that it can be viewed
         return F.linear(input, self._dense(), self.bias)
 
     def dense(self) -> nn.Linear:

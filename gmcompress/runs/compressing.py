@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..attaching import structured
-from ..calibration import take
+from ..batches import take
 from ..data import make_calibration_loader, make_loader
 from ..errors import GMError
 from ..files import usable

@@ -10,8 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..batches import SAMPLES
 from ..budgets import Budget, parse_budget
-from ..calibration import SAMPLES
 from ..data import Images
 from ..errors import GMError, nearest_names, shown
 from ..files import usable, write_text

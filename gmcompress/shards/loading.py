@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..attaching import CHILD, empty, exchange, structured
+from ..copies import evaluating
 from ..errors import GMError, nearest_names
 from ..files import usable
 from ..kinds import view_of
@@ -50,7 +51,7 @@ def load_shards(folder: str | Path, model: nn.Module, *, device: torch.device | 
     for entry, tensor in _tensors(entries):
         _fill(places[names.get(entry.name, entry.name)], tensor, entry, device, filled)
     _check_real(small)
-    return (small if device is None else small.to(device)).eval()
+    return evaluating(small if device is None else small.to(device))
 
 
 def _layer(model: nn.Module, name: str, text: str, found: Shards) -> GMLayer:

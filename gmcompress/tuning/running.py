@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..copies import evaluating
 from ..errors import GMError
 from ..surgery import call
 from .factors import Annealing, Decay
@@ -44,7 +45,7 @@ class Run:
         self.accelerator = _accelerator(recipe)
         self.device = self.accelerator.device
         model = model.to(self.device)
-        self.teacher = None if teacher is None else copy.deepcopy(teacher).eval().to(self.device)
+        self.teacher = None if teacher is None else evaluating(copy.deepcopy(teacher)).to(self.device)
         self.ema = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
         name, decay = optimizer_name(model, recipe), recipe.weight_decay
         self.rates = rates_to_try(name, recipe)
@@ -77,7 +78,7 @@ class Run:
 
     def result(self) -> nn.Module:
         """The model as it would be handed over now: the average where there is one, in evaluation mode."""
-        return (self.plain if self.ema is None else self.ema.module).eval()
+        return evaluating(self.plain if self.ema is None else self.ema.module)
 
     def finish(self) -> nn.Module:
         """The result, free of hooks and of what accelerate wrapped around it."""

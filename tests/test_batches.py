@@ -1,0 +1,64 @@
+"""Batches of data: what is taken of a loader, parts of a batch, and bad data."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from gmcompress import batches
+from gmcompress.batches import count_examples, first_of, is_divisible, split_batch, take
+from gmcompress.errors import GMError
+
+
+def batches_of(*sizes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for size in sizes:
+        yield torch.arange(size).float()[:, None], torch.zeros(size)
+
+
+def test_what_is_taken_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [len(each) for each in take(batches_of(4, 4, 4), samples=6)] == [4, 2]
+    assert [len(each) for each in take(batches_of(4, 4), samples=8)] == [4, 4]
+    assert [len(each) for each in take(torch.zeros(9, 2), samples=5)] == [5]
+    mapping = {"x": torch.zeros(4, 2), "labels": torch.zeros(4), "scale": 3}
+    for data in (mapping, [mapping]):
+        (found,) = take(data, samples=3)
+        assert set(found) == {"x", "scale"}
+        assert (found["x"].shape, found["scale"]) == ((3, 2), 3)
+    monkeypatch.setattr(batches, "MEMORY", 40)
+    assert [len(each) for each in take(batches_of(6, 6, 6))] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([], "empty"), ([3], "gave int"), ([torch.tensor(1.0)], "first axis"), ([torch.zeros(0, 3)], "first axis")],
+)
+def test_bad_data_is_refused(data: object, message: str) -> None:
+    with pytest.raises(GMError, match=message):
+        take(data)
+
+
+def test_batches_are_split_and_joined(generator: Generator) -> None:
+    x = torch.randn(7, 3, generator=generator)
+    for limit, sizes in ((6, [2, 2, 2, 1]), (1, [1] * 7), (100, [7])):
+        assert [len(each) for each in split_batch(x, limit)] == sizes
+        assert torch.equal(torch.cat(split_batch(x, limit)), x)
+    pieces = split_batch({"x": x, "y": x, "flag": True}, 12)
+    assert [len(each["x"]) for each in pieces] == [2, 2, 2, 1]
+    assert all(each["flag"] for each in pieces)
+    assert split_batch([x, x], 1) == [[x, x]]
+
+
+def test_a_batch_that_cannot_be_divided_stays_whole(generator: Generator) -> None:
+    nodes, edges = torch.randn(7, 3, generator=generator), torch.zeros(2, 9, dtype=torch.long)
+    for whole in ({"x": nodes, "edges": edges}, {"x": nodes, "scale": torch.tensor(2.0)}):
+        assert not is_divisible(whole)
+        assert split_batch(whole, 1) == [whole]
+        assert first_of(whole, 3) is whole
+        (taken,) = take([whole], samples=3)
+        assert all(taken[key] is each for key, each in whole.items())
+        assert count_examples(whole) == 7
+    pair = {"x": nodes, "pair": [nodes, {"flag": 1}]}
+    assert is_divisible(pair)
+    assert [len(each) for each in (first_of(pair, 3)["x"], first_of(pair, 3)["pair"][0])] == [3, 3]
+    assert first_of(pair, 3)["pair"][1] == {"flag": 1}

@@ -1,0 +1,108 @@
+"""Copies of models: what torch's own leave out or refuse, and what is shared with the model copied."""
+
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import gmcompress as gm
+from gmcompress.copies import duplicate, evaluating, own, state_of
+from gmcompress.surgery import run
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("factor",)
+
+
+def test_what_cannot_be_copied_is_shared_and_the_rest_is_not():
+    model = nn.Sequential(nn.Linear(4, 4), Slotted(4, 4))
+    model.lock, model[0].steps = threading.Lock(), (each for each in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such tensors are in beta state
+        model.register_buffer("graph", torch.eye(4).to_sparse_csr())
+    model[1].factor, model[1].weight.scale = 3.0, 2.0
+    model[0].parent = weakref.ref(model)
+    copied = duplicate(model, {})
+    assert copied.lock is model.lock
+    assert copied[0].steps is model[0].steps
+    assert copied.graph is not model.graph
+    assert torch.equal(copied.graph.to_dense(), torch.eye(4))
+    assert (copied[1].factor, copied[1].weight.scale) == (3.0, 2.0)
+    assert copied[0].parent() is copied
+    assert copied[0].weight is not model[0].weight
+
+
+def test_a_part_that_is_not_copied_is_named():
+    class Single(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(nn.Linear(8, 8), Single(8, 8), nn.Linear(8, 3)).train()
+    with pytest.raises(gm.GMError, match=r"'1' \(Single\) is not copied by copy.deepcopy"):
+        gm.compress(model, "C4", rank=1)
+    assert type(model[1]) is Single
+    assert model[1].training
+    assert duplicate(model, {id(model[1]): model[1]})[1] is model[1], "where it is asked for"
+
+
+def test_evaluation_mode_whatever_train_is():
+    class Silent(nn.Linear):
+        def train(self, mode=True):
+            super().train(mode)
+
+    class Trainer(nn.Linear):
+        def train(self, _batches, _epochs):
+            raise AssertionError
+
+    for model in (nn.Sequential(Silent(2, 2)), Silent(2, 2), Trainer(2, 2), nn.Sequential(Trainer(2, 2))):
+        assert evaluating(model) is model
+        assert not any(module.training for module in model.modules())
+
+
+def test_a_model_whose_train_returns_nothing(tmp_path):
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def train(self, mode=True):
+            super().train(mode)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    x = torch.randn(9, 8)
+    for options in ({"rank": 1}, {"budget": "80%", "data": x}):
+        result = gm.compress(Silent(), "C4", inputs=x, **options)
+        gm.save(result, tmp_path / "small")
+        loaded = gm.load(tmp_path / "small", Silent())
+        for each in (loaded, gm.freeze(result, "structured").model):
+            assert not each.training
+            assert torch.allclose(each(x), run(result.model, x), atol=1e-5)
+
+
+def test_own_arguments():
+    x = torch.ones(2, requires_grad=True)
+    first, (second, third) = own([x, (x, {"y": 3})])
+    assert first is second
+    assert first is not x
+    assert first.requires_grad
+    assert third == {"y": 3}
+    given = torch.zeros(2)
+    own(given).add_(1)
+    assert not given.any()
+
+
+def test_the_state_is_whole_and_a_hook_that_fails_is_told():
+    class Partial(nn.Linear):
+        def state_dict(self):
+            return {"bias": self.bias}
+
+    model = Partial(2, 2)
+    assert list(state_of(model)) == ["weight", "bias"]
+    model._register_state_dict_hook(lambda _module, state, _prefix, _: state.pop("nothing"))
+    with pytest.raises(gm.GMError, match="this Partial cannot give its state_dict: KeyError: 'nothing'"):
+        state_of(model)
