@@ -148,9 +148,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     shown = [
         (
             row["model"],
-            f"{row['group']}+displacement:{row['rank']}"
-            if row["budget"] is None
-            else f"{row['budget']}, {row['group']}",
+            f"{row['group']}, {row['budget'] or 'rank ' + str(row['rank'])}",
             row["layers"],
             row["seconds"],
             row["limit_seconds"] or "-",
