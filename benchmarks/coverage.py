@@ -27,7 +27,6 @@ from gmcompress.tables import make_table
 
 STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "dense onnx", "onnx")
 LEADS_ON = ("build", "compress", "forward", "save", "load", "dense onnx")  # later stages need what these leave behind
-PASSED = ("ok", "begun")  # begun: the next stage was, before the process died
 LOW = 0.6  # share reached below which a family is listed with its reason
 TOLERANCE = 1e-4  # relative to the largest output; loaded and densified models compute the same in another order
 UNSUITED = "no model small enough"
@@ -105,13 +104,19 @@ class Subject:
         self.facts["parameters"] = sum(each.numel() for each in self.model.parameters())
 
     def compress(self) -> None:
-        """Compress it, and note what share of its parameters that reached, and why most of the rest was left."""
+        """Compress it with its classifier, and note what share of its parameters that reached, with and without it.
+
+        And why most of the rest was left.
+        """
         import gmcompress as gm
 
-        self.result = gm.compress(self.model, self.group, rank=1)
+        default = gm.plan(self.model, self.group, rank=1)
+        classifiers = [site.name for site in default.sites if site.role == "classifier"]
+        self.result = gm.compress(self.model, self.group, rank=1, include=classifiers)
         plan, total = self.result.plan, self.facts["parameters"]
         weights = {row["name"]: row["dense"] for row in plan.rows()}
         self.facts["reached"] = sum(weights[name] for name in plan.layers) / total
+        self.facts["reached_by_default"] = sum(weights[name] for name in default.layers) / total
         self.facts["kept"] = plan.parameters / total
         lost = Counter(dict.fromkeys(plan.skipped.values(), 0))
         for name, reason in plan.skipped.items():
@@ -188,8 +193,11 @@ class Subject:
         return gm.export(model, self.folder / "model.onnx", self.inputs, tolerance=TOLERANCE).difference
 
 
-def work(name: str, group: str, *, gigabytes: float) -> dict[str, Any]:
-    """Take one model with random weights through the stages, in this process, up to the first that fails."""
+def work(name: str, group: str, *, gigabytes: float) -> None:
+    """Take one model with random weights through the stages, in this process, up to the first that fails.
+
+    Prints every stage when it begins, and after it all that is known by then: a process may be killed in the next one.
+    """
     import timm
 
     warnings.simplefilter("ignore")
@@ -197,23 +205,21 @@ def work(name: str, group: str, *, gigabytes: float) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 1e9), int(gigabytes * 1e9)))
     device = prepare_device("cpu", threads=1)
     stages: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(name, group, Path(folder))
         for stage in STAGES:
-            print(f"stage {stage}", flush=True)  # the last of these tells where a process was killed
+            print(f"stage {stage}", flush=True)
+            begun = time.perf_counter()
             stages[stage] = attempt(getattr(subject, stage.replace(" ", "_")))
+            seconds[stage] = round(time.perf_counter() - begun, 1)
+            known = {**subject.facts, "stages": stages, "seconds": round(time.perf_counter() - start, 1)}
+            known |= {"seconds_of": seconds, "peak_gigabytes": round(peak_gigabytes(), 3), "seed": 0}
+            known |= {**machine(device, amp="no", threads=1), "timm": timm.__version__}
+            print(json.dumps(known), flush=True)
             if stages[stage] != "ok" and stage in LEADS_ON:
                 break
-    return {
-        **subject.facts,
-        "stages": stages,
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_gigabytes": round(peak_gigabytes(), 3),
-        "seed": 0,
-        **machine(device, amp="no", threads=1),
-        "timm": timm.__version__,
-    }
 
 
 def attempt(stage: Callable[[], None]) -> str:
@@ -244,11 +250,20 @@ def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     except subprocess.TimeoutExpired as late:
         printed = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
         killed = f"took more than {options.max_seconds} s"
-    lines = printed.splitlines()
-    if lines and lines[-1].startswith("{"):
-        return json.loads(lines[-1])
-    begun = [each.removeprefix("stage ") for each in lines if each.startswith("stage ")] or ["build"]
-    return {"stages": dict.fromkeys(begun[:-1], "begun") | {begun[-1]: " ".join(killed.split())}}
+    return told(printed.splitlines(), killed)
+
+
+def told(lines: Sequence[str], killed: str) -> dict[str, Any]:
+    """What a process printed of a model; `killed` is what is said of the stage in which it ended, if in one.
+
+    >>> told(["stage build", '{"seconds": 1, "stages": {"build": "ok"}}', "stage compress"], "too late")
+    {'seconds': 1, 'stages': {'build': 'ok', 'compress': 'too late'}}
+    """
+    known = next((json.loads(each) for each in reversed(lines) if each.startswith("{")), {"stages": {}})
+    begun = next((each.removeprefix("stage ") for each in reversed(lines) if each.startswith("stage ")), STAGES[0])
+    if begun not in known["stages"]:
+        known["stages"][begun] = " ".join(killed.split())
+    return known
 
 
 def examine_family(family: str, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -304,7 +319,7 @@ def stage_counts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]
         outcomes = [row["stages"][stage] for row in rows if stage in row["stages"]]
         if outcomes:
             count = len(outcomes) if "onnx" in stage else len(rows)
-            found.append((stage, sum(each in PASSED for each in outcomes), count))
+            found.append((stage, sum(each == "ok" for each in outcomes), count))
     return found
 
 
@@ -318,13 +333,14 @@ def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
         (row["family"], row["model"], stage, said)
         for row in tried
         for stage, said in row["stages"].items()
-        if said not in PASSED
+        if said != "ok"
     ]
     if failures:
         console.print(make_table("Failures", ["family", "model", "stage", "error"], failures))
-    shares = [row["reached"] for row in tried if "reached" in row]
-    if shares:
-        console.print(f"share of the parameters reached: mean {100 * statistics.fmean(shares):.1f} %")
+    for key, whether in (("reached", "with"), ("reached_by_default", "without")):
+        if shares := [row[key] for row in tried if key in row]:
+            mean = 100 * statistics.fmean(shares)
+            console.print(f"share of the parameters reached, {whether} the classifier: mean {mean:.1f} %")
     low = [
         (
             row["family"],
@@ -344,7 +360,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument("--group", default="C8xC8")
-    parser.add_argument("--max-parameters", type=int, default=60_000_000)
+    parser.add_argument("--max-parameters", type=int, default=450_000_000)
     parser.add_argument("--max-seconds", type=float, default=900.0, help="for one model")
     parser.add_argument("--max-gigabytes", type=float, default=0.0, help="of address space for one model; 0: no limit")
     parser.add_argument("--shard", default="1/1", help="k/n: every n-th family, from the k-th on")
@@ -353,7 +369,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--here", metavar="MODEL", help="take one model through in this process and print its findings")
     options = parser.parse_args(arguments)
     if options.here:
-        print(json.dumps(work(options.here, options.group, gigabytes=options.max_gigabytes)))
+        work(options.here, options.group, gigabytes=options.max_gigabytes)
         return 0
     first, of = map(int, options.shard.split("/"))
     if not 1 <= first <= of:
@@ -370,7 +386,7 @@ def main(arguments: Sequence[str]) -> int:
         rows.append(row)
         if options.output is not None:
             append_row(options.output, row)
-        failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said not in PASSED]
+        failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said != "ok"]
         print(family, row["model"], "; ".join(failed) or row.get("skipped", "ok"), file=sys.stderr, flush=True)
     print_tables([row for row in latest(rows) if row["family"] in wanted])
     return 0
