@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +26,11 @@ from rows import append_row, machine, prepare_device, read_rows, shown_command
 
 from gmcompress.tables import make_table
 
-STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "dense onnx", "onnx")
-LEADS_ON = ("build", "compress", "forward", "save", "load", "dense onnx")  # later stages need what these leave behind
+STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "onnx", "dense onnx")
+LEADS_ON = ("build", "compress", "forward", "save", "load")  # later stages need what these leave behind
 LOW = 0.6  # share reached below which a family is listed with its reason
 TOLERANCE = 1e-4  # relative to the largest output; loaded and densified models compute the same in another order
+NOTES = "notes"  # the file that a process writes
 UNSUITED = "no model small enough"
 
 
@@ -180,7 +182,7 @@ class Subject:
             assert_equal(program.module()(self.inputs), self.outputs)
 
     def dense_onnx(self) -> None:
-        """Whether the dense model can be written as ONNX at all; only where it can, the compressed one is tried."""
+        """Whether the dense model can be written as ONNX at all, which is asked only where the compressed one cannot."""
         self.facts["dense_onnx_difference"] = self._onnx(self.model)
 
     def onnx(self) -> None:
@@ -193,31 +195,31 @@ class Subject:
         return gm.export(model, self.folder / "model.onnx", self.inputs, tolerance=TOLERANCE).difference
 
 
-def work(name: str, group: str, *, gigabytes: float) -> None:
+def work(name: str, group: str, folder: Path, *, seconds: float, gigabytes: float) -> None:
     """Take one model with random weights through the stages, in this process, up to the first that fails.
 
-    Prints every stage when it begins, and after it all that is known by then: a process may be killed in the next one.
+    Writes down every stage when it begins, and after it all that is known by then: a process may die in the next one.
     """
     import timm
+    import torch
 
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     if gigabytes:
         resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 1e9), int(gigabytes * 1e9)))
-    device = prepare_device("cpu", threads=1)
-    stages: dict[str, str] = {}
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(name, group, Path(folder))
+    subject, stages, seconds_of = Subject(name, group, folder), dict[str, str](), dict[str, float]()
+    same = {"seed": 0, **machine(torch.device("cpu"), amp="no", threads=1), "timm": timm.__version__}
+    with (folder / NOTES).open("w") as notes:
         for stage in STAGES:
-            print(f"stage {stage}", flush=True)
-            begun = time.perf_counter()
+            if stage == "dense onnx" and stages["onnx"] == "ok":
+                continue
+            print(f"stage {stage}", file=notes, flush=True)
+            begun = time.process_time()
             stages[stage] = attempt(getattr(subject, stage.replace(" ", "_")))
-            seconds[stage] = round(time.perf_counter() - begun, 1)
-            known = {**subject.facts, "stages": stages, "seconds": round(time.perf_counter() - start, 1)}
-            known |= {"seconds_of": seconds, "peak_gigabytes": round(peak_gigabytes(), 3), "seed": 0}
-            known |= {**machine(device, amp="no", threads=1), "timm": timm.__version__}
-            print(json.dumps(known), flush=True)
+            seconds_of[stage] = round(time.process_time() - begun, 1)
+            spent = {"seconds": round(time.process_time(), 1), "seconds_of": seconds_of}
+            known = {**subject.facts, "stages": stages, **spent, "peak_gigabytes": round(peak_gigabytes(), 3), **same}
+            print(json.dumps(known), file=notes, flush=True)
             if stages[stage] != "ok" and stage in LEADS_ON:
                 break
 
@@ -240,21 +242,36 @@ def one_line(problem: Exception) -> str:
     return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
 
 
+def warm_up() -> None:
+    """Import here what every process would import, and write a first ONNX file, on which tables are built."""
+    import onnxruntime  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+
+    import gmcompress  # noqa: F401
+
+    prepare_device("cpu", threads=1)
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
+
+
 def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The findings on one model, from a process of its own that may fail, die, or take too long."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--here", name, "--group", options.group]
-    command += ["--max-gigabytes", str(options.max_gigabytes)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.max_seconds, check=False)
-        printed, killed = done.stdout, f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
-    except subprocess.TimeoutExpired as late:
-        printed = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        killed = f"took more than {options.max_seconds} s"
-    return told(printed.splitlines(), killed)
+    """The findings on one model, from a forked process that may fail, die, or take too long."""
+    limits = {"seconds": options.max_seconds, "gigabytes": options.max_gigabytes}
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = (name, options.group, Path(folder))
+        process = multiprocessing.get_context("fork").Process(target=work, args=wanted, kwargs=limits)
+        process.start()
+        process.join()
+        notes = Path(folder) / NOTES
+        lines = notes.read_text().splitlines() if notes.is_file() else []
+    late = process.exitcode == -signal.SIGXCPU
+    spent = f"took more than {options.max_seconds:g} s of the processor"
+    return told(lines, spent if late else f"the process ended with {process.exitcode}")
 
 
 def told(lines: Sequence[str], killed: str) -> dict[str, Any]:
-    """What a process printed of a model; `killed` is what is said of the stage in which it ended, if in one.
+    """What a process wrote down of a model; `killed` is what is said of the stage in which it ended, if in one.
 
     >>> told(["stage build", '{"seconds": 1, "stages": {"build": "ok"}}', "stage compress"], "too late")
     {'seconds': 1, 'stages': {'build': 'ok', 'compress': 'too late'}}
@@ -262,7 +279,7 @@ def told(lines: Sequence[str], killed: str) -> dict[str, Any]:
     known = next((json.loads(each) for each in reversed(lines) if each.startswith("{")), {"stages": {}})
     begun = next((each.removeprefix("stage ") for each in reversed(lines) if each.startswith("stage ")), STAGES[0])
     if begun not in known["stages"]:
-        known["stages"][begun] = " ".join(killed.split())
+        known["stages"][begun] = killed
     return known
 
 
@@ -298,27 +315,19 @@ def latest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-def lacks_onnx(row: Mapping[str, Any]) -> bool:
-    """Whether a row stems from before there were stages of ONNX.
-
-    >>> lacks_onnx({"stages": {"export": "ok"}}), lacks_onnx({"stages": {"export": "ok", "dense onnx": "no"}})
-    (True, False)
-    """
-    stages = row.get("stages", {})
-    return "export" in stages and "dense onnx" not in stages
-
-
 def stage_counts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """For every stage how many models passed, of how many that count: of ONNX those that tried, of others all.
+    """For every stage how many models passed, of how many: of ONNX those whose dense model can be written, else all.
 
-    >>> stage_counts([{"stages": {"build": "ok", "export": "ok"}}, {"stages": {"build": "no"}}])
-    [('build', 1, 2), ('export', 1, 2)]
+    >>> failed = {"build": "ok", "export": "ok", "onnx": "no"}
+    >>> stage_counts([{"stages": failed}, {"stages": failed | {"dense onnx": "no"}}, {"stages": {"build": "no"}}])
+    [('build', 2, 3), ('export', 2, 3), ('onnx', 0, 1)]
     """
     found = []
     for stage in STAGES:
         outcomes = [row["stages"][stage] for row in rows if stage in row["stages"]]
-        if outcomes:
-            count = len(outcomes) if "onnx" in stage else len(rows)
+        unfit = sum(row["stages"].get("dense onnx", "ok") != "ok" for row in rows)
+        count = len(outcomes) - unfit if stage == "onnx" else len(rows)
+        if outcomes and stage != "dense onnx":
             found.append((stage, sum(each == "ok" for each in outcomes), count))
     return found
 
@@ -361,16 +370,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument("--group", default="C8xC8")
     parser.add_argument("--max-parameters", type=int, default=450_000_000)
-    parser.add_argument("--max-seconds", type=float, default=900.0, help="for one model")
+    parser.add_argument("--max-seconds", type=float, default=300.0, help="of the processor, for one model")
     parser.add_argument("--max-gigabytes", type=float, default=0.0, help="of address space for one model; 0: no limit")
     parser.add_argument("--shard", default="1/1", help="k/n: every n-th family, from the k-th on")
     parser.add_argument("--output", type=Path, help="rows are appended to this file")
-    parser.add_argument("--resume", action="store_true", help="leave out the families that --output has, with ONNX")
-    parser.add_argument("--here", metavar="MODEL", help="take one model through in this process and print its findings")
+    parser.add_argument("--resume", action="store_true", help="leave out the families that --output has")
     options = parser.parse_args(arguments)
-    if options.here:
-        work(options.here, options.group, gigabytes=options.max_gigabytes)
-        return 0
     first, of = map(int, options.shard.split("/"))
     if not 1 <= first <= of:
         parser.error(f"--shard is k/n with k from 1 to n, not {options.shard}")
@@ -379,7 +384,8 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := [each for each in wanted if each not in known]:
         parser.error(f"timm has no family {unknown[0]}")
     rows = read_rows(options.output) if options.resume and options.output else []
-    done = {row["family"] for row in latest(rows) if row["group"] == options.group and not lacks_onnx(row)}
+    done = {row["family"] for row in rows if row["group"] == options.group}
+    warm_up()
     shown = shown_command("coverage.py", {"output": options.output}, arguments)
     for family in [each for each in wanted if each not in done]:
         row = examine_family(family, known[family], options) | {"command": shown}
