@@ -182,7 +182,7 @@ class Subject:
             assert_equal(program.module()(self.inputs), self.outputs)
 
     def dense_onnx(self) -> None:
-        """Whether the dense model can be written as ONNX at all, which is asked only where the compressed one cannot."""
+        """Whether the dense model can be written as ONNX at all; asked only where the compressed one cannot."""
         self.facts["dense_onnx_difference"] = self._onnx(self.model)
 
     def onnx(self) -> None:

@@ -404,7 +404,7 @@ def _fitted(site: Site, wanted: Structure, *, ranked: bool) -> Structure | str:
 
 
 def _of_lower_rank(wanted: Structure, shape: tuple[int, ...]) -> Structure:
-    """The same group matrices with a residual of the largest rank at which they store fewer numbers than dense; or 0."""
+    """The same group matrices with the residual of largest rank, or none, that stores fewer numbers than dense."""
 
     def ranked(rank: int) -> Structure:
         residual = "displacement" if wanted.displacement else "lowrank"
