@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import resource
 import signal
 import statistics
@@ -15,20 +16,19 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress_time import peak_gigabytes
 from rich.console import Console
-from rows import append_row, machine, prepare_device, read_rows, shown_command
+from rows import append_row, machine, prepare_device, read_rows, shown_command, write_table
 
 from gmcompress.tables import make_table
 
 STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "onnx", "dense onnx")
 LEADS_ON = ("build", "compress", "forward", "save", "load")  # later stages need what these leave behind
-LOW = 0.6  # share reached below which a family is listed with its reason
+LOW = 0.9  # share reached below which a family is listed with its reason
 TOLERANCE = 1e-4  # relative to the largest output; loaded and densified models compute the same in another order
 NOTES = "notes"  # the file that a process writes
 UNSUITED = "no model small enough"
@@ -88,6 +88,19 @@ def assert_equal(found: Any, expected: Any) -> None:
         raise DifferenceError(f"outputs differ by {worst:.1e} of the largest")
 
 
+def weightiest(reasons: Sequence[tuple[str, int]], total: int) -> dict[str, Any]:
+    """Of reasons that differ in numbers alone the kind that leaves most parameters dense, told by its heaviest layer.
+
+    >>> weightiest([("3 rows", 10), ("5 rows", 20), ("the stem", 25)], 100)
+    {'reason': '5 rows', 'layers': 2, 'share': 0.3}
+    """
+    kinds: dict[str, list[tuple[int, str]]] = {}
+    for reason, weight in reasons:
+        kinds.setdefault(re.sub(r"\d[\d,]*", "#", reason), []).append((weight, reason))
+    most = max(kinds.values(), key=lambda each: sum(weight for weight, _ in each))
+    return {"reason": max(most)[1], "layers": len(most), "share": sum(weight for weight, _ in most) / total}
+
+
 class Subject:
     """One model on its way through the stages; each stage leaves behind what later ones need."""
 
@@ -120,12 +133,9 @@ class Subject:
         self.facts["reached"] = sum(weights[name] for name in plan.layers) / total
         self.facts["reached_by_default"] = sum(weights[name] for name in default.layers) / total
         self.facts["kept"] = plan.parameters / total
-        lost = Counter(dict.fromkeys(plan.skipped.values(), 0))
-        for name, reason in plan.skipped.items():
-            lost[reason] += weights[name]
-        lost["parameters that are no weight of a layer"] = total - sum(weights.values())
-        reason, numbers = lost.most_common(1)[0]
-        self.facts["weighs_most"] = {"reason": reason, "share": numbers / total}
+        reasons = [(reason, weights[name]) for name, reason in plan.skipped.items()]
+        vectors = ("parameters that are no weight of a layer", total - sum(weights.values()))
+        self.facts["weighs_most"] = weightiest([*reasons, vectors], total)
 
     def forward(self) -> None:
         """Run it."""
@@ -296,7 +306,7 @@ def examine_family(family: str, names: Sequence[str], options: argparse.Namespac
 def reached_low(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows whose share reached is below the line, the lowest first.
 
-    >>> reached_low([{"family": "a", "reached": 0.7}, {"family": "b", "reached": 0.1}, {"family": "c"}])
+    >>> reached_low([{"family": "a", "reached": 0.95}, {"family": "b", "reached": 0.1}, {"family": "c"}])
     [{'family': 'b', 'reached': 0.1}]
     """
     return sorted((row for row in rows if row.get("reached", 1.0) < LOW), key=lambda row: row["reached"])
@@ -332,12 +342,37 @@ def stage_counts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]
     return found
 
 
+def low_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Family, model, share reached, and what leaves most of the rest dense, of the families below the line."""
+    lines = []
+    for row in reached_low(rows):
+        most = row["weighs_most"]
+        others = f", and {most['layers'] - 1} such layers more" if most["layers"] > 1 else ""
+        why = f"{most['reason']}{others} ({100 * most['share']:.1f} %)"
+        lines.append((row["family"], row["model"], f"{100 * row['reached']:.1f} %", why))
+    return lines
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], Sequence[Sequence[Any]]]]:
+    """By name the columns and lines of the tables that are shown: the stages, and families of which little is reached.
+
+    >>> found = tables([{"family": "a", "model": "m", "stages": {"build": "ok"}, "reached": 0.95}])
+    >>> found["coverage"], found["coverage low"][1]
+    ((['stage', 'models that pass', 'tried'], [('build', 1, 1)]), [])
+    """
+    return {
+        "coverage": (["stage", "models that pass", "tried"], stage_counts(rows)),
+        "coverage low": (["family", "model", "reached", "left dense"], low_lines(rows)),
+    }
+
+
 def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
     """How far the families came, what failed, and which weights are out of reach."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     tried = [row for row in rows if row["model"]]
+    found = tables(tried)
     title = f"{len(tried)} families of timm; {len(rows) - len(tried)} have {UNSUITED}"
-    console.print(make_table(title, ["stage", "models that pass#", "tried#"], stage_counts(tried)))
+    console.print(make_table(title, *found["coverage"]))
     failures = [
         (row["family"], row["model"], stage, said)
         for row in tried
@@ -350,18 +385,8 @@ def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
         if shares := [row[key] for row in tried if key in row]:
             mean = 100 * statistics.fmean(shares)
             console.print(f"share of the parameters reached, {whether} the classifier: mean {mean:.1f} %")
-    low = [
-        (
-            row["family"],
-            f"{100 * row['reached']:.1f} %",
-            f"{100 * row['weighs_most']['share']:.1f} %",
-            row["weighs_most"]["reason"],
-        )
-        for row in reached_low(tried)
-    ]
-    if low:
-        title = f"Families of which less than {100 * LOW:.0f} % is reached"
-        console.print(make_table(title, ["family", "reached#", "share#", "the reason that weighs most"], low))
+    title = f"Families of which less than {100 * LOW:.0f} % is reached"
+    console.print(make_table(title, *found["coverage low"]))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -374,6 +399,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-gigabytes", type=float, default=0.0, help="of address space for one model; 0: no limit")
     parser.add_argument("--shard", default="1/1", help="k/n: every n-th family, from the k-th on")
     parser.add_argument("--output", type=Path, help="rows are appended to this file")
+    parser.add_argument("--readme", type=Path, help="the tables are written into this file, between their marks")
     parser.add_argument("--resume", action="store_true", help="leave out the families that --output has")
     options = parser.parse_args(arguments)
     first, of = map(int, options.shard.split("/"))
@@ -385,16 +411,22 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"timm has no family {unknown[0]}")
     rows = read_rows(options.output) if options.resume and options.output else []
     done = {row["family"] for row in rows if row["group"] == options.group}
-    warm_up()
     shown = shown_command("coverage.py", {"output": options.output}, arguments)
-    for family in [each for each in wanted if each not in done]:
+    missing = [each for each in wanted if each not in done]
+    if missing:
+        warm_up()
+    for family in missing:
         row = examine_family(family, known[family], options) | {"command": shown}
         rows.append(row)
         if options.output is not None:
             append_row(options.output, row)
         failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said != "ok"]
         print(family, row["model"], "; ".join(failed) or row.get("skipped", "ok"), file=sys.stderr, flush=True)
-    print_tables([row for row in latest(rows) if row["family"] in wanted])
+    shown_rows = [row for row in latest(rows) if row["family"] in wanted]
+    print_tables(shown_rows)
+    if options.readme:
+        for name, (columns, lines) in tables([row for row in shown_rows if row["model"]]).items():
+            write_table(options.readme, name, columns, lines)
     return 0
 
 

@@ -65,6 +65,22 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def write_table(path: Path, name: str, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
+    """Write a table into a Markdown file between `<!-- name -->` and `<!-- end of name -->`, in place of the one there.
+
+    Raises:
+        GMError: the file has not these two marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    if not mark or not end:
+        raise GMError(f"{path} has no <!-- {name} --> with an <!-- end of {name} --> after it")
+    written = [f"| {' | '.join(map(str, each))} |\n" for each in (columns, *lines)]
+    written.insert(1, f"|{'---|' * len(columns)}\n")
+    path.write_text("".join([before, mark, *written, end, after]), encoding="utf-8")
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of results; none where there is no such file."""
     return [json.loads(each) for each in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -33,9 +33,10 @@ class Metrics:
 
     `parameters` counts tied ones once; `bytes` are those of the tensors that a checkpoint holds. `macs` are the
     multiply-adds of one forward pass by formula, over all linear and convolution layers, those on groups and the
-    projections of nn.MultiheadAttention among them, as they are executed; of a layer on a group its matrix products and convolutions count, no products entry by entry.
-    `counted_macs` are those of torch's FlopCounterMode, which also sees attention products and other calls that no
-    layer owns, but no elementwise products, as a frozen layer has in place of small matrix products for up to 4 inputs.
+    projections of nn.MultiheadAttention among them, as they are executed; of a layer on a group its matrix products and
+    convolutions count, no products entry by entry. `counted_macs` are those of torch's FlopCounterMode, which also sees
+    attention products and other calls that no layer owns, but no elementwise products, as a frozen layer has in place
+    of small matrix products for up to 4 inputs.
     `latency_ms` is the median over interleaved runs, `latency_spread_ms` the distance between their
     quartiles; compare latencies only within one measurement.
     """
