@@ -353,40 +353,50 @@ def low_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], Sequence[Sequence[Any]]]]:
-    """By name the columns and lines of the tables that are shown: the stages, and families of which little is reached.
+def mean_share(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The mean of a share over the rows that have it.
 
-    >>> found = tables([{"family": "a", "model": "m", "stages": {"build": "ok"}, "reached": 0.95}])
-    >>> found["coverage"], found["coverage low"][1]
-    ((['stage', 'models that pass', 'tried'], [('build', 1, 1)]), [])
+    >>> mean_share([{"reached": 0.5}, {"reached": 1.0}, {}], "reached"), mean_share([], "reached")
+    ('75.0 %', '-')
     """
+    shares = [row[key] for row in rows if key in row]
+    return f"{100 * statistics.fmean(shares):.1f} %" if shares else "-"
+
+
+def tables(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, tuple[list[str], Sequence[Sequence[Any]]]]:
+    """By name the columns and lines of what is shown of these families: how many, the stages, those least reached.
+
+    >>> found = tables([{"family": "a", "model": "m", "stages": {"build": "ok"}, "reached": 0.95}], ["a", "b"])
+    >>> found["coverage families"][1], found["coverage"][1], found["coverage low"][1]
+    ([(2, 1, 'b', '95.0 %', '-')], [('build', 1, 1)], [])
+    """
+    tried = [row for row in rows if row["model"]]
+    left = set(names) - {row["family"] for row in tried}
+    means = (mean_share(tried, "reached"), mean_share(tried, "reached_by_default"))
+    counts = (len(names), len(tried), ", ".join(sorted(left)) or "none", *means)
+    columns = ["families", "measured", "not measured", "parameters reached", "with the classifier left dense"]
     return {
-        "coverage": (["stage", "models that pass", "tried"], stage_counts(rows)),
-        "coverage low": (["family", "model", "reached", "left dense"], low_lines(rows)),
+        "coverage families": (columns, [counts]),
+        "coverage": (["stage", "models that pass", "tried"], stage_counts(tried)),
+        "coverage low": (["family", "model", "reached", "left dense"], low_lines(tried)),
     }
 
 
-def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
+def print_tables(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """How far the families came, what failed, and which weights are out of reach."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    tried = [row for row in rows if row["model"]]
-    found = tables(tried)
-    title = f"{len(tried)} families of timm; {len(rows) - len(tried)} have {UNSUITED}"
-    console.print(make_table(title, *found["coverage"]))
     failures = [
         (row["family"], row["model"], stage, said)
-        for row in tried
-        for stage, said in row["stages"].items()
+        for row in rows
+        for stage, said in row.get("stages", {}).items()
         if said != "ok"
     ]
     if failures:
         console.print(make_table("Failures", ["family", "model", "stage", "error"], failures))
-    for key, whether in (("reached", "with"), ("reached_by_default", "without")):
-        if shares := [row[key] for row in tried if key in row]:
-            mean = 100 * statistics.fmean(shares)
-            console.print(f"share of the parameters reached, {whether} the classifier: mean {mean:.1f} %")
-    title = f"Families of which less than {100 * LOW:.0f} % is reached"
-    console.print(make_table(title, *found["coverage low"]))
+    for name, (columns, lines) in tables(rows, names).items():
+        console.print(make_table(name, columns, lines))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -422,10 +432,10 @@ def main(arguments: Sequence[str]) -> int:
             append_row(options.output, row)
         failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said != "ok"]
         print(family, row["model"], "; ".join(failed) or row.get("skipped", "ok"), file=sys.stderr, flush=True)
-    shown_rows = [row for row in latest(rows) if row["family"] in wanted]
-    print_tables(shown_rows)
+    found = [row for row in latest(rows) if row["family"] in wanted]
+    print_tables(found, wanted)
     if options.readme:
-        for name, (columns, lines) in tables([row for row in shown_rows if row["model"]]).items():
+        for name, (columns, lines) in tables(found, wanted).items():
             write_table(options.readme, name, columns, lines)
     return 0
 

@@ -16,6 +16,8 @@ MARKED = """before
 old
 <!-- end of coverage -->
 between
+<!-- coverage families -->
+<!-- end of coverage families -->
 <!-- coverage low -->
 <!-- end of coverage low -->
 """
@@ -46,7 +48,8 @@ def test_a_process_that_ends_leaves_what_was_known(tmp_path):
     assert before.startswith(STAGES)
     assert f"| {last[0]} | 0 | 1 |\n" in before
     assert "old" not in before
-    assert between.startswith("\nbetween\n<!-- coverage low -->\n| family |")
+    assert between.startswith("\nbetween\n<!-- coverage families -->\n| families |")
+    assert "\n| 1 | 1 | none |" in between
 
 
 def test_a_table_goes_between_its_marks(tmp_path, monkeypatch):
