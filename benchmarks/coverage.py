@@ -347,7 +347,8 @@ def low_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     lines = []
     for row in reached_low(rows):
         most = row["weighs_most"]
-        others = f", and {most['layers'] - 1} such layers more" if most["layers"] > 1 else ""
+        more = most.get("layers", 1) - 1  # not every row counts them
+        others = f", and {more} such layers more" if more else ""
         why = f"{most['reason']}{others} ({100 * most['share']:.1f} %)"
         lines.append((row["family"], row["model"], f"{100 * row['reached']:.1f} %", why))
     return lines

@@ -214,7 +214,8 @@ def test_the_tables_of_coverage_are_those_of_the_benchmark():
     for row in tried:
         if row["reached"] < 0.9:
             most = row["weighs_most"]
-            more = f", and {most['layers'] - 1} such layers more" if most["layers"] > 1 else ""
+            others = most.get("layers", 1) - 1
+            more = f", and {others} such layers more" if others else ""
             why = f"{most['reason']}{more} ({100 * most['share']:.1f} %)"
             low.add(f"| {row['family']} | {row['model']} | {100 * row['reached']:.1f} % | {why} |")
     assert table("coverage low") == low
