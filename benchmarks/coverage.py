@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import re
 import resource
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from rows import append_row, machine, prepare_device, read_rows, shown_command
 
 from gmcompress.tables import make_table
 
-STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "dense onnx", "onnx")
-LEADS_ON = ("build", "compress", "forward", "save", "load", "dense onnx")  # later stages need what these leave behind
-PASSED = ("ok", "begun")  # begun: the next stage was, before the process died
-LOW = 0.6  # share reached below which a family is listed with its reason
+STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "onnx", "dense onnx")
+LEADS_ON = ("build", "compress", "forward", "save", "load")  # later stages need what these leave behind
+LOW = 0.9  # share reached below which a family is listed with its reason
 TOLERANCE = 1e-4  # relative to the largest output; loaded and densified models compute the same in another order
+NOTES = "notes"  # the file that a process writes
 UNSUITED = "no model small enough"
 
 
@@ -87,6 +88,19 @@ def assert_equal(found: Any, expected: Any) -> None:
         raise DifferenceError(f"outputs differ by {worst:.1e} of the largest")
 
 
+def weightiest(reasons: Sequence[tuple[str, int]], total: int) -> dict[str, Any]:
+    """Of reasons that differ in numbers alone the kind that leaves most parameters dense, told by its heaviest layer.
+
+    >>> weightiest([("3 rows", 10), ("5 rows", 20), ("the stem", 25)], 100)
+    {'reason': '5 rows', 'layers': 2, 'share': 0.3}
+    """
+    kinds: dict[str, list[tuple[int, str]]] = {}
+    for reason, weight in reasons:
+        kinds.setdefault(re.sub(r"\d[\d,]*", "#", reason), []).append((weight, reason))
+    most = max(kinds.values(), key=lambda each: sum(weight for weight, _ in each))
+    return {"reason": max(most)[1], "layers": len(most), "share": sum(weight for weight, _ in most) / total}
+
+
 class Subject:
     """One model on its way through the stages; each stage leaves behind what later ones need."""
 
@@ -105,20 +119,23 @@ class Subject:
         self.facts["parameters"] = sum(each.numel() for each in self.model.parameters())
 
     def compress(self) -> None:
-        """Compress it, and note what share of its parameters that reached, and why most of the rest was left."""
+        """Compress it with its classifier, and note what share of its parameters that reached, with and without it.
+
+        And why most of the rest was left.
+        """
         import gmcompress as gm
 
-        self.result = gm.compress(self.model, self.group, rank=1)
+        default = gm.plan(self.model, self.group, rank=1)
+        classifiers = [site.name for site in default.sites if site.role == "classifier"]
+        self.result = gm.compress(self.model, self.group, rank=1, include=classifiers)
         plan, total = self.result.plan, self.facts["parameters"]
         weights = {row["name"]: row["dense"] for row in plan.rows()}
         self.facts["reached"] = sum(weights[name] for name in plan.layers) / total
+        self.facts["reached_by_default"] = sum(weights[name] for name in default.layers) / total
         self.facts["kept"] = plan.parameters / total
-        lost = Counter(dict.fromkeys(plan.skipped.values(), 0))
-        for name, reason in plan.skipped.items():
-            lost[reason] += weights[name]
-        lost["parameters that are no weight of a layer"] = total - sum(weights.values())
-        reason, numbers = lost.most_common(1)[0]
-        self.facts["weighs_most"] = {"reason": reason, "share": numbers / total}
+        reasons = [(reason, weights[name]) for name, reason in plan.skipped.items()]
+        vectors = ("parameters that are no weight of a layer", total - sum(weights.values()))
+        self.facts["weighs_most"] = weightiest([*reasons, vectors], total)
 
     def forward(self) -> None:
         """Run it."""
@@ -175,7 +192,7 @@ class Subject:
             assert_equal(program.module()(self.inputs), self.outputs)
 
     def dense_onnx(self) -> None:
-        """Whether the dense model can be written as ONNX at all; only where it can, the compressed one is tried."""
+        """Whether the dense model can be written as ONNX at all; asked only where the compressed one cannot."""
         self.facts["dense_onnx_difference"] = self._onnx(self.model)
 
     def onnx(self) -> None:
@@ -188,32 +205,33 @@ class Subject:
         return gm.export(model, self.folder / "model.onnx", self.inputs, tolerance=TOLERANCE).difference
 
 
-def work(name: str, group: str, *, gigabytes: float) -> dict[str, Any]:
-    """Take one model with random weights through the stages, in this process, up to the first that fails."""
+def work(name: str, group: str, folder: Path, *, seconds: float, gigabytes: float) -> None:
+    """Take one model with random weights through the stages, in this process, up to the first that fails.
+
+    Writes down every stage when it begins, and after it all that is known by then: a process may die in the next one.
+    """
     import timm
+    import torch
 
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     if gigabytes:
         resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 1e9), int(gigabytes * 1e9)))
-    device = prepare_device("cpu", threads=1)
-    stages: dict[str, str] = {}
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(name, group, Path(folder))
+    subject, stages, seconds_of = Subject(name, group, folder), dict[str, str](), dict[str, float]()
+    same = {"seed": 0, **machine(torch.device("cpu"), amp="no", threads=1), "timm": timm.__version__}
+    with (folder / NOTES).open("w") as notes:
         for stage in STAGES:
-            print(f"stage {stage}", flush=True)  # the last of these tells where a process was killed
+            if stage == "dense onnx" and stages["onnx"] == "ok":
+                continue
+            print(f"stage {stage}", file=notes, flush=True)
+            begun = time.process_time()
             stages[stage] = attempt(getattr(subject, stage.replace(" ", "_")))
+            seconds_of[stage] = round(time.process_time() - begun, 1)
+            spent = {"seconds": round(time.process_time(), 1), "seconds_of": seconds_of}
+            known = {**subject.facts, "stages": stages, **spent, "peak_gigabytes": round(peak_gigabytes(), 3), **same}
+            print(json.dumps(known), file=notes, flush=True)
             if stages[stage] != "ok" and stage in LEADS_ON:
                 break
-    return {
-        **subject.facts,
-        "stages": stages,
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_gigabytes": round(peak_gigabytes(), 3),
-        "seed": 0,
-        **machine(device, amp="no", threads=1),
-        "timm": timm.__version__,
-    }
 
 
 def attempt(stage: Callable[[], None]) -> str:
@@ -234,21 +252,45 @@ def one_line(problem: Exception) -> str:
     return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
 
 
+def warm_up() -> None:
+    """Import here what every process would import, and write a first ONNX file, on which tables are built."""
+    import onnxruntime  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+
+    import gmcompress  # noqa: F401
+
+    prepare_device("cpu", threads=1)
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
+
+
 def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The findings on one model, from a process of its own that may fail, die, or take too long."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--here", name, "--group", options.group]
-    command += ["--max-gigabytes", str(options.max_gigabytes)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.max_seconds, check=False)
-        printed, killed = done.stdout, f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
-    except subprocess.TimeoutExpired as late:
-        printed = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        killed = f"took more than {options.max_seconds} s"
-    lines = printed.splitlines()
-    if lines and lines[-1].startswith("{"):
-        return json.loads(lines[-1])
-    begun = [each.removeprefix("stage ") for each in lines if each.startswith("stage ")] or ["build"]
-    return {"stages": dict.fromkeys(begun[:-1], "begun") | {begun[-1]: " ".join(killed.split())}}
+    """The findings on one model, from a forked process that may fail, die, or take too long."""
+    limits = {"seconds": options.max_seconds, "gigabytes": options.max_gigabytes}
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = (name, options.group, Path(folder))
+        process = multiprocessing.get_context("fork").Process(target=work, args=wanted, kwargs=limits)
+        process.start()
+        process.join()
+        notes = Path(folder) / NOTES
+        lines = notes.read_text().splitlines() if notes.is_file() else []
+    late = process.exitcode == -signal.SIGXCPU
+    spent = f"took more than {options.max_seconds:g} s of the processor"
+    return told(lines, spent if late else f"the process ended with {process.exitcode}")
+
+
+def told(lines: Sequence[str], killed: str) -> dict[str, Any]:
+    """What a process wrote down of a model; `killed` is what is said of the stage in which it ended, if in one.
+
+    >>> told(["stage build", '{"seconds": 1, "stages": {"build": "ok"}}', "stage compress"], "too late")
+    {'seconds': 1, 'stages': {'build': 'ok', 'compress': 'too late'}}
+    """
+    known = next((json.loads(each) for each in reversed(lines) if each.startswith("{")), {"stages": {}})
+    begun = next((each.removeprefix("stage ") for each in reversed(lines) if each.startswith("stage ")), STAGES[0])
+    if begun not in known["stages"]:
+        known["stages"][begun] = killed
+    return known
 
 
 def examine_family(family: str, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -264,7 +306,7 @@ def examine_family(family: str, names: Sequence[str], options: argparse.Namespac
 def reached_low(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows whose share reached is below the line, the lowest first.
 
-    >>> reached_low([{"family": "a", "reached": 0.7}, {"family": "b", "reached": 0.1}, {"family": "c"}])
+    >>> reached_low([{"family": "a", "reached": 0.95}, {"family": "b", "reached": 0.1}, {"family": "c"}])
     [{'family': 'b', 'reached': 0.1}]
     """
     return sorted((row for row in rows if row.get("reached", 1.0) < LOW), key=lambda row: row["reached"])
@@ -283,60 +325,79 @@ def latest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-def lacks_onnx(row: Mapping[str, Any]) -> bool:
-    """Whether a row stems from before there were stages of ONNX.
-
-    >>> lacks_onnx({"stages": {"export": "ok"}}), lacks_onnx({"stages": {"export": "ok", "dense onnx": "no"}})
-    (True, False)
-    """
-    stages = row.get("stages", {})
-    return "export" in stages and "dense onnx" not in stages
-
-
 def stage_counts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """For every stage how many models passed, of how many that count: of ONNX those that tried, of others all.
+    """For every stage how many models passed, of how many: of ONNX those whose dense model can be written, else all.
 
-    >>> stage_counts([{"stages": {"build": "ok", "export": "ok"}}, {"stages": {"build": "no"}}])
-    [('build', 1, 2), ('export', 1, 2)]
+    >>> failed = {"build": "ok", "export": "ok", "onnx": "no"}
+    >>> stage_counts([{"stages": failed}, {"stages": failed | {"dense onnx": "no"}}, {"stages": {"build": "no"}}])
+    [('build', 2, 3), ('export', 2, 3), ('onnx', 0, 1)]
     """
     found = []
     for stage in STAGES:
         outcomes = [row["stages"][stage] for row in rows if stage in row["stages"]]
-        if outcomes:
-            count = len(outcomes) if "onnx" in stage else len(rows)
-            found.append((stage, sum(each in PASSED for each in outcomes), count))
+        unfit = sum(row["stages"].get("dense onnx", "ok") != "ok" for row in rows)
+        count = len(outcomes) - unfit if stage == "onnx" else len(rows)
+        if outcomes and stage != "dense onnx":
+            found.append((stage, sum(each == "ok" for each in outcomes), count))
     return found
 
 
-def print_tables(rows: Sequence[Mapping[str, Any]]) -> None:
+def low_lines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Family, model, share reached, and what leaves most of the rest dense, of the families below the line."""
+    lines = []
+    for row in reached_low(rows):
+        most = row["weighs_most"]
+        more = most.get("layers", 1) - 1  # not every row counts them
+        others = f", and {more} such layers more" if more else ""
+        why = f"{most['reason']}{others} ({100 * most['share']:.1f} %)"
+        lines.append((row["family"], row["model"], f"{100 * row['reached']:.1f} %", why))
+    return lines
+
+
+def mean_share(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The mean of a share over the rows that have it.
+
+    >>> mean_share([{"reached": 0.5}, {"reached": 1.0}, {}], "reached"), mean_share([], "reached")
+    ('75.0 %', '-')
+    """
+    shares = [row[key] for row in rows if key in row]
+    return f"{100 * statistics.fmean(shares):.1f} %" if shares else "-"
+
+
+def tables(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, tuple[list[str], Sequence[Sequence[Any]]]]:
+    """By name the columns and lines of what is shown of these families: how many, the stages, those least reached.
+
+    >>> found = tables([{"family": "a", "model": "m", "stages": {"build": "ok"}, "reached": 0.95}], ["a", "b"])
+    >>> found["coverage families"][1], found["coverage"][1], found["coverage low"][1]
+    ([(2, 1, 'b', '95.0 %', '-')], [('build', 1, 1)], [])
+    """
+    tried = [row for row in rows if row["model"]]
+    left = set(names) - {row["family"] for row in tried}
+    means = (mean_share(tried, "reached"), mean_share(tried, "reached_by_default"))
+    counts = (len(names), len(tried), ", ".join(sorted(left)) or "none", *means)
+    columns = ["families", "measured", "not measured", "parameters reached", "with the classifier left dense"]
+    return {
+        "coverage families": (columns, [counts]),
+        "coverage": (["stage", "models that pass", "tried"], stage_counts(tried)),
+        "coverage low": (["family", "model", "reached", "left dense"], low_lines(tried)),
+    }
+
+
+def print_tables(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """How far the families came, what failed, and which weights are out of reach."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    tried = [row for row in rows if row["model"]]
-    title = f"{len(tried)} families of timm; {len(rows) - len(tried)} have {UNSUITED}"
-    console.print(make_table(title, ["stage", "models that pass#", "tried#"], stage_counts(tried)))
     failures = [
         (row["family"], row["model"], stage, said)
-        for row in tried
-        for stage, said in row["stages"].items()
-        if said not in PASSED
+        for row in rows
+        for stage, said in row.get("stages", {}).items()
+        if said != "ok"
     ]
     if failures:
         console.print(make_table("Failures", ["family", "model", "stage", "error"], failures))
-    shares = [row["reached"] for row in tried if "reached" in row]
-    if shares:
-        console.print(f"share of the parameters reached: mean {100 * statistics.fmean(shares):.1f} %")
-    low = [
-        (
-            row["family"],
-            f"{100 * row['reached']:.1f} %",
-            f"{100 * row['weighs_most']['share']:.1f} %",
-            row["weighs_most"]["reason"],
-        )
-        for row in reached_low(tried)
-    ]
-    if low:
-        title = f"Families of which less than {100 * LOW:.0f} % is reached"
-        console.print(make_table(title, ["family", "reached#", "share#", "the reason that weighs most"], low))
+    for name, (columns, lines) in tables(rows, names).items():
+        console.print(make_table(name, columns, lines))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -344,17 +405,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument("--group", default="C8xC8")
-    parser.add_argument("--max-parameters", type=int, default=60_000_000)
-    parser.add_argument("--max-seconds", type=float, default=900.0, help="for one model")
+    parser.add_argument("--max-parameters", type=int, default=450_000_000)
+    parser.add_argument("--max-seconds", type=float, default=300.0, help="of the processor, for one model")
     parser.add_argument("--max-gigabytes", type=float, default=0.0, help="of address space for one model; 0: no limit")
     parser.add_argument("--shard", default="1/1", help="k/n: every n-th family, from the k-th on")
     parser.add_argument("--output", type=Path, help="rows are appended to this file")
-    parser.add_argument("--resume", action="store_true", help="leave out the families that --output has, with ONNX")
-    parser.add_argument("--here", metavar="MODEL", help="take one model through in this process and print its findings")
+    parser.add_argument("--resume", action="store_true", help="leave out the families that --output has")
     options = parser.parse_args(arguments)
-    if options.here:
-        print(json.dumps(work(options.here, options.group, gigabytes=options.max_gigabytes)))
-        return 0
     first, of = map(int, options.shard.split("/"))
     if not 1 <= first <= of:
         parser.error(f"--shard is k/n with k from 1 to n, not {options.shard}")
@@ -363,16 +420,19 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := [each for each in wanted if each not in known]:
         parser.error(f"timm has no family {unknown[0]}")
     rows = read_rows(options.output) if options.resume and options.output else []
-    done = {row["family"] for row in latest(rows) if row["group"] == options.group and not lacks_onnx(row)}
+    done = {row["family"] for row in rows if row["group"] == options.group}
     shown = shown_command("coverage.py", {"output": options.output}, arguments)
-    for family in [each for each in wanted if each not in done]:
+    missing = [each for each in wanted if each not in done]
+    if missing:
+        warm_up()
+    for family in missing:
         row = examine_family(family, known[family], options) | {"command": shown}
         rows.append(row)
         if options.output is not None:
             append_row(options.output, row)
-        failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said not in PASSED]
+        failed = [f"{stage}: {said}" for stage, said in row.get("stages", {}).items() if said != "ok"]
         print(family, row["model"], "; ".join(failed) or row.get("skipped", "ok"), file=sys.stderr, flush=True)
-    print_tables([row for row in latest(rows) if row["family"] in wanted])
+    print_tables([row for row in latest(rows) if row["family"] in wanted], wanted)
     return 0
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import coverage
 from dynamics import KINDS, over_seeds
 from rows import read_rows
 
@@ -18,7 +19,6 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE / "results"
 COMPETITORS = ("ours", "random", "whitened", "svd", "pruning")  # the order of the rows of one budget
-LOW = 0.6  # a family of which less is reached is explained
 
 Row = Mapping[str, Any]
 
@@ -102,43 +102,6 @@ def speed_lines(rows: Iterable[Row], *, models: bool) -> list[str]:
     return lines
 
 
-def families(rows: Iterable[Row]) -> dict[str, Row]:
-    """The last row of every family that has a model, else the last that says why there is none."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        if row["model"] or row["family"] not in found:  # a larger limit may have found a model later
-            found[row["family"]] = row
-    return found
-
-
-def stage_lines(rows: Sequence[Row]) -> list[str]:
-    """How many models pass each stage, of how many: of ONNX those that got there, of all others every one.
-
-    >>> stage_lines([{"stages": {"build": "ok", "onnx": "differs"}}, {"stages": {"build": "failed"}}])
-    ['| build | 1 | 2 |', '| onnx | 0 | 1 |']
-    """
-    lines = []
-    for stage in dict.fromkeys(stage for row in rows for stage in row["stages"]):
-        outcomes = [row["stages"].get(stage) for row in rows]
-        count = sum(each is not None for each in outcomes) if "onnx" in stage else len(rows)
-        lines.append(line(stage, sum(each in ("ok", "begun") for each in outcomes), count))
-    return lines
-
-
-def low_lines(rows: Iterable[Row]) -> list[str]:
-    """The families of which little is reached, with the reason that weighs most and its share."""
-    low = sorted((row for row in rows if row.get("reached", 1) < LOW), key=lambda row: row["reached"])
-    return [
-        line(
-            row["family"],
-            row["model"],
-            percent(row["reached"]),
-            f"{row['weighs_most']['reason']} ({percent(row['weighs_most']['share'])})",
-        )
-        for row in low
-    ]
-
-
 def dynamics_lines(rows: Sequence[Row]) -> list[str]:
     """Errors of every network with their spread over the seeds, and those of a forecast that nothing changes."""
     lines = []
@@ -154,16 +117,15 @@ def dynamics_lines(rows: Sequence[Row]) -> list[str]:
 def bodies(results: Path = RESULTS) -> dict[str, list[str]]:
     """The rows of every table, by the name that the README has for it."""
     found = {name: read_rows(results / f"{name}.jsonl") for name in ("accuracy_budgets", "transformer", "speed")}
-    tried = [row for row in families(read_rows(results / "coverage.jsonl")).values() if row["model"]]
+    reached = coverage.tables(coverage.latest(read_rows(results / "coverage.jsonl")), sorted(coverage.families()))
     return {
         "accuracy_budgets": accuracy_lines(found["accuracy_budgets"]),
         "accuracy longer": longer_lines(found["accuracy_budgets"]),
         "transformer": agreement_lines(found["transformer"]),
         "speed layers": speed_lines(found["speed"], models=False),
         "speed models": speed_lines(found["speed"], models=True),
-        "coverage": stage_lines(tried),
-        "coverage low": low_lines(tried),
         "dynamics": dynamics_lines(read_rows(results / "dynamics.jsonl")),
+        **{name: [line(*each) for each in lines] for name, (_, lines) in reached.items()},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -33,10 +33,11 @@ class Metrics:
     """What a model costs. Everything that needs example inputs is None without them.
 
     `parameters` counts tied ones once; `bytes` are those of the tensors that a checkpoint holds. `macs` are the
-    multiply-adds of one forward pass by formula, over all linear and convolution layers, those on groups among them, as
-    they are executed; of a layer on a group its matrix products and convolutions count, no products entry by entry.
-    `counted_macs` are those of torch's FlopCounterMode, which also sees attention products and other calls that no
-    layer owns, but no elementwise products, as a frozen layer has in place of small matrix products for up to 4 inputs.
+    multiply-adds of one forward pass by formula, over all linear and convolution layers, those on groups and the
+    projections of nn.MultiheadAttention among them, as they are executed; of a layer on a group its matrix products and
+    convolutions count, no products entry by entry. `counted_macs` are those of torch's FlopCounterMode, which also sees
+    attention products and other calls that no layer owns, but no elementwise products, as a frozen layer has in place
+    of small matrix products for up to 4 inputs.
     `latency_ms` is the median over interleaved runs, `latency_spread_ms` the distance between their
     quartiles; compare latencies only within one measurement.
     """
@@ -177,7 +178,16 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int | None]:
         if isinstance(output, Tensor):
             total += layer_macs(module, output, _inputs[0] if _inputs else None)
 
+    def add_attention(module: nn.Module, given: Any, named: Mapping[str, Any], _output: Any) -> None:
+        nonlocal total
+        assert isinstance(module, nn.MultiheadAttention), "only those have this hook"
+        total += _projection_macs(module, **dict(zip(("query", "key", "value"), given, strict=False)), **named)
+
     handles = [each.register_forward_hook(add) for each in model.modules() if is_counted(each)]
+    attentions = [each for each in model.modules() if type(each).forward is nn.MultiheadAttention.forward]
+    handles += [each.register_forward_hook(add_attention, with_kwargs=True) for each in attentions]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one call is unknown to FlopCounterMode
     try:
         try:
             with FlopCounterMode(display=False) as counter:
@@ -187,9 +197,15 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int | None]:
             total, counted = 0, None
             run(model, inputs)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
     return total, counted
+
+
+def _projection_macs(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> int:
+    """Multiply-adds of the four projections, whose weights the layer hands to torch itself; all have embed_dim rows."""
+    return layer.embed_dim * (2 * query.numel() + key.numel() + value.numel())
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

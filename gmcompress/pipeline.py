@@ -140,14 +140,14 @@ def compress(
     those of a block then together, with its biases and norms; without, to their weights.
 
     `rank` is the literal mode: on every layer the largest fitting quotient of `group` with a residual of this rank,
-    "displacement" or "lowrank". Stem and classifier stay dense unless `include` names them. Rules are globs on layer
-    names, "re:" patterns or module types; `overrides` maps them to a group, a structure such as "C4+displacement:2" or
-    "adapted:8:4x4", or None; the first match wins. Layers of one parent module and of one shape that match an entry of
-    `ties` get the same structure. `plan` carries out a plan made before, in place of all of these. With example
-    `inputs`, or data, multiply-adds and latency are measured too. `effort` multiplies the time that fits and passes
-    over the data may take: 4 gives better fits of large layers. `checkpoint` is a folder in which every layer's table
-    and fit are kept as soon as they are known: a call that was interrupted goes on from there, and one with another
-    budget spares the table.
+    "displacement" or "lowrank", or of the largest lower one if only then the layer gets smaller. Stem and classifier
+    stay dense unless `include` names them. Rules are globs on layer names, "re:" patterns or module types; `overrides`
+    maps them to a group, a structure such as "C4+displacement:2" or "adapted:8:4x4", or None; the first match wins.
+    Layers of one parent module and of one shape that match an entry of `ties` get the same structure. `plan` carries
+    out a plan made before, in place of all of these. With example `inputs`, or data, multiply-adds and latency are
+    measured too. `effort` multiplies the time that fits and passes over the data may take: 4 gives better fits of large
+    layers. `checkpoint` is a folder in which every layer's table and fit are kept as soon as they are known: a call
+    that was interrupted goes on from there, and one with another budget spares the table.
 
     Raises:
         GMError: an unknown group, a budget that cannot be reached, a rule or plan that does not fit, no eligible layer,

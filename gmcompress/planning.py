@@ -235,6 +235,7 @@ def choose(
 ) -> Plan:
     """The literal plan: on every eligible layer the largest fitting quotient of `group` with a residual of this rank.
 
+    Where the layer would not get smaller by that, the residual is of the largest rank with which it does, or left out.
     A low rank on a k×k convolution is taken of rows·ky × columns·kx, the taps split between the two sides.
     A rule is a glob on names ("layer3.*"), a regular expression on whole names ("re:.*conv[12]") or a module type.
     `exclude` goes first, then the first matching override, then `include`, which brings stem and classifier in.
@@ -373,11 +374,14 @@ def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Struc
             ranked = False
     if ranked and wanted.lowrank and len(site.shape) == 4 and min(site.shape[2:]) > 1:
         wanted = replace(wanted, split=True)  # nearer to trained kernels than rows × columns·taps, at fewer numbers
-    return _fitted(site, wanted)
+    return _fitted(site, wanted, ranked=ranked)
 
 
-def _fitted(site: Site, wanted: Structure) -> Structure | str:
-    """The structure on the largest quotient that fits the widths (one with other sets is literal), or the reason."""
+def _fitted(site: Site, wanted: Structure, *, ranked: bool) -> Structure | str:
+    """The structure on the largest quotient that fits the widths (one with other sets is literal), or the reason.
+
+    Where `ranked`, its residual is of a lower rank if only then it stores fewer numbers than the dense layer.
+    """
     rows, columns = site.shape[0] // site.conv_groups, site.shape[1]
     ranks: dict[str, Any] = {key: getattr(wanted, key) for key in ("displacement", "lowrank", "split")}
     if wanted.group is not None and wanted.grid is None and wanted == Structure.regular(wanted.group, **ranks):
@@ -391,6 +395,21 @@ def _fitted(site: Site, wanted: Structure) -> Structure | str:
     except GMError as problem:
         return str(problem)
     dense, stored = prod(site.shape), wanted.parameters(site.shape)
+    if stored >= dense and ranked:
+        wanted = _of_lower_rank(wanted, site.shape)
+        stored = wanted.parameters(site.shape)
     if stored >= dense:
         return f"{wanted} would store {stored:,} numbers, the dense layer {dense:,}"
     return wanted
+
+
+def _of_lower_rank(wanted: Structure, shape: tuple[int, ...]) -> Structure:
+    """The same group matrices with the residual of largest rank, or none, that stores fewer numbers than dense."""
+
+    def ranked(rank: int) -> Structure:
+        residual = "displacement" if wanted.displacement else "lowrank"
+        return wanted.with_rank(rank, residual=residual, split=wanted.split and rank > 0)
+
+    alone = ranked(0).parameters(shape)
+    of_each_rank = ranked(1).parameters(shape) - alone
+    return ranked(max(0, (prod(shape) - 1 - alone) // of_each_rank))

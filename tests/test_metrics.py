@@ -8,8 +8,10 @@ import timm
 import torch
 import zoo
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gmcompress as gm
+from gmcompress import candidates
 from gmcompress.metrics import latencies, measure_together
 from gmcompress.surgery import run
 
@@ -41,6 +43,62 @@ def test_what_no_layer_owns_is_only_in_the_counter():
     exhibit = zoo.MODELS["timm transformer"]
     found = gm.measure(exhibit.build(), exhibit.inputs(), repeats=2)
     assert found.counted_macs > found.macs > 0
+
+
+class Crossing(nn.Module):
+    """Attention from 10 places to 7 others, with as many inputs in each as it is built with."""
+
+    def __init__(self, **widths):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, **widths)
+        self.others = nn.Parameter(torch.randn(7, 3, self.attention.kdim))
+
+    def forward(self, x):
+        return self.attention(x, value=self.others, key=self.others, need_weights=False)[0]
+
+
+def two_encoders():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "products"),  # of queries with keys, and of the shares with values
+    [
+        (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (3, 10, 16), 2 * 3 * 10 * 10 * 16),
+        (lambda: nn.TransformerEncoderLayer(16, 4, 32), (10, 16), 2 * 10 * 10 * 16),
+        (two_encoders, (3, 5, 16), 2 * 2 * 3 * 5 * 5 * 16),
+        (Crossing, (10, 3, 16), 2 * 3 * 10 * 7 * 16),
+        (lambda: Crossing(kdim=8, vdim=8), (10, 3, 16), 2 * 3 * 10 * 7 * 16),
+    ],
+)
+def test_the_projections_of_attention_count(build, shape, products):
+    """Dense, compressed and frozen; the products of attention itself stay what the counter alone sees."""
+    model, inputs = build().eval(), torch.randn(shape)
+    small = gm.compress(model, "C4", rank=1, include="*").model
+    for each in (model, small, gm.freeze(small, "dense")):
+        found = gm.measure(each, inputs, repeats=2)
+        assert found.counted_macs == found.macs + products
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert gm.measure(model, inputs, repeats=2).counted_macs == counter.get_total_flops() // 2
+
+
+def test_a_budget_on_multiply_adds_knows_of_the_projections(monkeypatch):
+    """They count as they are, for no structure makes them cheaper; the rest has to make up for it."""
+    monkeypatch.setattr(candidates, "GRIDS", ())
+    model, inputs = nn.TransformerEncoderLayer(16, 4, 64, batch_first=True).eval(), torch.randn(2, 10, 16)
+    options = {"include": "*", "inputs": inputs}
+    result = gm.compress(model, "C4", budget={"macs": "70%"}, **options)
+    dense = 20 * (4 * 16 * 16 + 2 * 16 * 64)
+    assert result.report.before.macs == dense
+    assert gm.measure(gm.freeze(result.model, "structured"), inputs, repeats=2).macs <= 0.7 * dense
+    with pytest.raises(gm.GMError, match="multiply-adds"):
+        gm.plan(model, "C4", budget={"macs": "33%"}, **options)  # a third is theirs
 
 
 def test_a_known_network_has_its_known_cost():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from math import prod
 
 import pytest
 import timm
@@ -57,8 +58,27 @@ def test_reasons():
     reasons = gm.plan(model, "C4", rank=1).skipped
     assert reasons["places"] == "places of PassesParameter is not known to be a matrix; gmcompress.register can say so"
     assert "token" not in reasons, "a vector, as a bias is"
-    refused = gm.plan(net(8, 16, 16), "C4", rank=2).skipped["0"]
-    assert refused == "C4+displacement:2 would store 128 numbers, the dense layer 128"
+    written = gm.plan(net(8, 16, 16), "C4", rank=2, overrides={"0": "C4+displacement:2"}).skipped["0"]
+    assert written == "C4+displacement:2 would store 128 numbers, the dense layer 128"
+
+
+@pytest.mark.parametrize("residual", ["displacement", "lowrank"])
+def test_a_rank_too_large_for_a_layer_is_lowered_there(residual):
+    """To the largest one with which the layer gets smaller, down to no residual at all."""
+    linear = [nn.Linear(6, 6), nn.Linear(6, 24), nn.Linear(24, 24)]
+    model = nn.Sequential(*linear, nn.Conv2d(24, 24, 3), nn.Conv2d(24, 6, 1))
+    for rank in (1, 2, 5, 30):
+        made = gm.plan(model, "C2xC4", rank=rank, residual=residual, include="*")
+        assert not made.skipped
+        for name, text in made.layers.items():
+            shape, found = made.site(name).shape, gm.Structure.parse(text)
+            split = residual == "lowrank" and shape[2:] == (3, 3)
+            more = [found.with_rank(each, residual=residual, split=split) for each in range(1, rank + 1)]
+            smaller = [each for each, of_rank in enumerate(more, 1) if of_rank.parameters(shape) < prod(shape)]
+            assert getattr(found, residual) == max(smaller, default=0)
+    of_each = {"displacement": ["C2", "C2", "C2xC4+displacement:5"]}
+    of_each["lowrank"] = ["C2+lowrank:1", "C2+lowrank:2", "C2xC4+lowrank:10"]
+    assert [made.layers[name] for name in "012"] == of_each[residual]
 
 
 def test_stem_and_classifier_only_by_name():

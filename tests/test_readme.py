@@ -169,22 +169,6 @@ def test_rows_are_in_order_and_have_their_spread(tables):
     assert tables.accuracy_lines(rows + longer) == tables.accuracy_lines(rows)
 
 
-def test_stages_are_counted_with_and_without_onnx(tables):
-    old, no = {"build": "ok", "export": "ok"}, {"build": "failed"}
-    assert tables.stage_lines([{"stages": old}, {"stages": no}]) == ["| build | 1 | 2 |", "| export | 1 | 2 |"]
-    new = old | {"dense onnx": "ok", "onnx": "differs"}
-    found = tables.stage_lines([{"stages": old}, {"stages": new}, {"stages": old | {"dense onnx": "failed"}}])
-    assert found == ["| build | 3 | 3 |", "| export | 3 | 3 |", "| dense onnx | 1 | 2 |", "| onnx | 0 | 1 |"]
-
-
-def test_the_coverage_of_the_text_is_that_of_the_benchmark(tables):
-    found = tables.families(tables.read_rows(tables.RESULTS / "coverage.jsonl"))
-    tried = [row for row in found.values() if row["model"]]
-    text = (ROOT / "README.md").read_text()
-    assert f"On average {100 * sum(row['reached'] for row in tried) / len(tried):.1f} % of the parameters" in text
-    assert all(family in text for family, row in found.items() if not row["model"])
-
-
 def test_the_verdict_of_dynamics_is_that_of_the_benchmark(tables):
     rows = tables.read_rows(tables.RESULTS / "dynamics.jsonl")
     text = " ".join((ROOT / "README.md").read_text().split())

@@ -32,7 +32,7 @@ RULES = {
 COMPRESSION = {
     "budget": "size of the result: a share of the parameters such as 25%, or limits such as params=100000 bytes=25% "
     "macs=50%; each layer gets the structure that loses least (default: 50%)",
-    "rank": "in place of a budget, the same for every layer: group matrices with a residual of this rank; 0 for none",
+    "rank": "in place of a budget, for every layer: group matrices with a residual of this rank, or less; 0 for none",
     "residual": "kind of that residual (default: displacement)",
     **RULES,
 }
