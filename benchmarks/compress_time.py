@@ -33,7 +33,7 @@ CALIBRATED = 360.0, 6.0  # and with 256 images
 SIZES = [  # one architecture at five sizes, 6 to 304 million parameters
     "vit_tiny_patch16_224",
     "vit_small_patch16_224",
-    "vit_medium_patch16_reg4_256",
+    "vit_medium_patch16_gap_256",
     "vit_base_patch16_224",
     "vit_large_patch16_224",
 ]
