@@ -105,8 +105,8 @@ class Run:
     def leaves_some(self) -> bool:
         """Whether the loss of a first batch leaves a trainable parameter without a gradient, in any of the processes.
 
-        Such a head, which no output reaches, would stall the processes unless they looked for it at every step. All is
-        as before: weights, statistics, gradients, modes and random numbers, those of the loader too.
+        A head that no output reaches, for one, would stall the processes unless they looked for such parameters at
+        every step. Weights, statistics, gradients, modes and random numbers, also the loader's, stay as they were.
         """
         modes = {module: module.training for module in self.model.modules()}
         drawing = getattr(self.loader, "synchronized_generator", None)  # of a loader that accelerate prepared
