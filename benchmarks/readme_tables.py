@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamics import KINDS, over_seeds
-from rows import read_rows
+from dynamics import KINDS, by_network, over_seeds
+from rows import cell, read_rows
+
+from gmcompress.tables import percent
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -32,15 +34,6 @@ def line(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def percent(share: float) -> str:
-    """A share, as a table has it.
-
-    >>> percent(0.25)
-    '25.0 %'
-    """
-    return f"{100 * share:.1f} %"
-
-
 def by_budget(rows: Iterable[Row]) -> list[Row]:
     """The largest budget first, the dense model left out."""
     smaller = [row for row in rows if row["competitor"] != "dense"]
@@ -50,21 +43,17 @@ def by_budget(rows: Iterable[Row]) -> list[Row]:
 def accuracy_lines(rows: Iterable[Row]) -> list[str]:
     """Accuracy before and after training, of every competitor at every budget.
 
-    >>> accuracy_lines([{"budget": "9%", "competitor": "svd", "kept": 0.09, "raw": 9.0, "tuned": None, "seeds": [0]}])
+    >>> row = {"budget": "9%", "competitor": "svd", "kept": 0.09, "raw": 9.0, "tuned": None, "spread": {}, "seeds": [0]}
+    >>> accuracy_lines([row])
     ['| 9% | svd | 9.0 % | 9.00 | - | 1 |']
     """
-
-    def decimal(row: Row, step: str) -> str:
-        spread = row.get("spread", {}).get(step)
-        return "-" if row[step] is None else f"{row[step]:.2f}" + (f" ± {spread:.2f}" if spread else "")
-
     return [
         line(
             row["budget"],
             row["competitor"],
-            percent(row["kept"]),
-            decimal(row, "raw"),
-            decimal(row, "tuned"),
+            percent(row["kept"], 1),
+            cell(row, "raw"),
+            cell(row, "tuned"),
             len(row["seeds"]),
         )
         for row in by_budget(rows)
@@ -78,7 +67,7 @@ def agreement_lines(rows: Iterable[Row]) -> list[str]:
         return "-" if value is None else f"{value:.1f}"
 
     return [
-        line(row["budget"], row["competitor"], percent(row["kept"]), decimal(row["raw"]), decimal(row["tuned"]))
+        line(row["budget"], row["competitor"], percent(row["kept"], 1), decimal(row["raw"]), decimal(row["tuned"]))
         for row in by_budget(rows)
     ]
 
@@ -90,7 +79,7 @@ def speed_lines(rows: Iterable[Row], *, models: bool) -> list[str]:
         dense, ours = (row["competitors"][name]["ms"] for name in ("dense", "ours"))
         if models:
             layers = f"{row['structured']} of {row['layers']}"
-            cells = [percent(row["kept"]), f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}", layers]
+            cells = [percent(row["kept"], 1), f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}", layers]
         else:
             cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}"]
         lines.append(line(row["what"], row["batch"], *cells))
@@ -127,8 +116,8 @@ def low_lines(rows: Iterable[Row]) -> list[str]:
         line(
             row["family"],
             row["model"],
-            percent(row["reached"]),
-            f"{row['weighs_most']['reason']} ({percent(row['weighs_most']['share'])})",
+            percent(row["reached"], 1),
+            f"{row['weighs_most']['reason']} ({percent(row['weighs_most']['share'], 1)})",
         )
         for row in low
     ]
@@ -137,8 +126,7 @@ def low_lines(rows: Iterable[Row]) -> list[str]:
 def dynamics_lines(rows: Sequence[Row]) -> list[str]:
     """Errors of every network with their spread over the seeds, and those of a forecast that nothing changes."""
     lines = []
-    for name in dict.fromkeys(row["row"] for row in rows):
-        own = [row for row in rows if row["row"] == name]
+    for name, own in by_network(rows).items():
         found = over_seeds(own)
         cells = [f"{found[kind]:.1f} ± {found['spread'][kind]:.1f}" for kind in KINDS]
         lines.append(line(name, f"{own[0]['parameters']:,}", len(own), *cells))
