@@ -61,7 +61,8 @@ class Run:
         self.loader: Any = loader
         if self.accelerator.distributed_type.startswith("MULTI_"):  # torch's DistributedDataParallel
             self.loader = self.accelerator.prepare(loader)
-            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self.leaves_some())
+            unused = self.leaves_parameters_out()
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
         self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, self.loader)
         self.steps = len(self.loader)  # in an epoch, of this process, where there are several
 
@@ -102,7 +103,7 @@ class Run:
         loss = distillation_loss(found, wanted, labels, self.recipe)
         return loss if compared is None else loss + features * compared.weight * compared.loss(ours, theirs)
 
-    def leaves_some(self) -> bool:
+    def leaves_parameters_out(self) -> bool:
         """Whether the loss of a first batch leaves a trainable parameter without a gradient, in any of the processes.
 
         A head that no output reaches, for one, would stall the processes unless they looked for such parameters at
