@@ -41,23 +41,28 @@ def by_budget(rows: Iterable[Row]) -> list[Row]:
 
 
 def accuracy_lines(rows: Iterable[Row]) -> list[str]:
-    """Accuracy before and after training, of every competitor at every budget.
+    """ResNet-20 before training and after one epoch: accuracy of every competitor at every budget.
 
-    >>> row = {"budget": "9%", "competitor": "svd", "kept": 0.09, "raw": 9.0, "tuned": None, "spread": {}, "seeds": [0]}
-    >>> accuracy_lines([row])
+    >>> row = {"arch": "resnet20", "budget": "9%", "competitor": "svd", "kept": 0.09, "recipe": {"epochs": 1}}
+    >>> accuracy_lines([{**row, "raw": 9.0, "tuned": None, "spread": {}, "seeds": [0]}])
     ['| 9% | svd | 9.0 % | 9.00 | - | 1 |']
     """
-    return [
-        line(
-            row["budget"],
-            row["competitor"],
-            percent(row["kept"], 1),
-            cell(row, "raw"),
-            cell(row, "tuned"),
-            len(row["seeds"]),
-        )
-        for row in by_budget(rows)
-    ]
+    return [line(*_accuracy_cells(row)) for row in by_budget(rows) if _is_usual(row)]
+
+
+def longer_lines(rows: Iterable[Row]) -> list[str]:
+    """The same of other networks and after more epochs, which are said."""
+    others = (row for row in by_budget(rows) if not _is_usual(row))
+    return [line(row["arch"], *_accuracy_cells(row), row["recipe"]["epochs"]) for row in others]
+
+
+def _is_usual(row: Row) -> bool:
+    return row["arch"] == "resnet20" and row["recipe"]["epochs"] == 1
+
+
+def _accuracy_cells(row: Row) -> list[object]:
+    steps = [cell(row, "raw"), cell(row, "tuned")]
+    return [row["budget"], row["competitor"], percent(row["kept"], 1), *steps, len(row["seeds"])]
 
 
 def agreement_lines(rows: Iterable[Row]) -> list[str]:
@@ -140,6 +145,7 @@ def bodies(results: Path = RESULTS) -> dict[str, list[str]]:
     tried = [row for row in families(read_rows(results / "coverage.jsonl")).values() if row["model"]]
     return {
         "accuracy_budgets": accuracy_lines(found["accuracy_budgets"]),
+        "accuracy longer": longer_lines(found["accuracy_budgets"]),
         "transformer": agreement_lines(found["transformer"]),
         "speed layers": speed_lines(found["speed"], models=False),
         "speed models": speed_lines(found["speed"], models=True),

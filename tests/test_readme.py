@@ -153,7 +153,8 @@ def test_the_tables_are_those_of_the_benchmarks(tables):
 
 
 def test_rows_are_in_order_and_have_their_spread(tables):
-    row = {"kept": 0.25, "raw": 80.0, "tuned": 90.1234, "seeds": [0], "spread": {"tuned": None}}
+    row = {"arch": "resnet20", "recipe": {"epochs": 1}, "kept": 0.25, "raw": 80.0, "tuned": 90.1234}
+    row |= {"seeds": [0], "spread": {"tuned": None}}
     rows = [{**row, "budget": "9%", "competitor": name} for name in ("svd", "dense", "ours")]
     rows.append({**row, "budget": "25%", "competitor": "ours", "seeds": [0, 1], "spread": {"tuned": 0.123}})
     assert tables.accuracy_lines(rows) == [
@@ -161,6 +162,9 @@ def test_rows_are_in_order_and_have_their_spread(tables):
         "| 9% | ours | 25.0 % | 80.00 | 90.12 | 1 |",
         "| 9% | svd | 25.0 % | 80.00 | 90.12 | 1 |",
     ]
+    longer = [{**row, "budget": "9%", "competitor": "ours", "recipe": {"epochs": 10}}]
+    assert tables.longer_lines(rows + longer) == ["| resnet20 | 9% | ours | 25.0 % | 80.00 | 90.12 | 1 | 10 |"]
+    assert tables.accuracy_lines(rows + longer) == tables.accuracy_lines(rows)
 
 
 def test_stages_are_counted_with_and_without_onnx(tables):
