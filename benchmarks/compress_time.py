@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rows import append_row
 
 from gmcompress.tables import make_table
 
@@ -182,8 +183,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     rows = [in_fresh_process(name, options) for name in (SIZES if options.sizes else options.models)]
     if options.output is not None:
-        with options.output.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            append_row(options.output, row)
     print_table(rows)
     if options.plot is not None:
         print(f"seconds grow as the parameters to the power {draw(rows, options.plot):.2f}")

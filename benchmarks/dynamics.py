@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,13 @@ def measure(bench: Bench, row: Row, seed: int) -> None:
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Whether the first of our networks is ahead of all others' by more than the larger spread of the two, by `KINDS`.
+    """Whether our first network is ahead of all that are not ours by more than the larger spread, by `KINDS`.
 
     Raises:
         GMError: there are no rows of ours, or none of others.
     """
     sides: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for name in dict.fromkeys(row["row"] for row in rows):
-        own = [row for row in rows if row["row"] == name]
+    for own in by_network(rows).values():
         sides[own[0]["ours"]].append(over_seeds(own))
     if not sides[True] or not sides[False]:
         raise GMError("to compare, rows of ours and of others are needed")
@@ -142,6 +141,14 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     }
 
 
+def by_network(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of every network, in the order of their first ones."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["row"], []).append(row)
+    return found
+
+
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and spread of the errors of one network, in thousandths, by `KINDS`."""
     return summary({kind: [1000 * row[part][name] for row in rows] for kind, (part, name) in KINDS.items()})
@@ -150,8 +157,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def print_table(bench: Bench) -> None:
     """All rows, beside the forecast that nothing changes."""
     shown = []
-    for name in dict.fromkeys(row["row"] for row in bench.rows):
-        own = [row for row in bench.rows if row["row"] == name]
+    for name, own in by_network(bench.rows).items():
         found = over_seeds(own)
         shown.append((name, f"{own[0]['parameters']:,}", *(cell(found, kind) for kind in KINDS)))
     still = bench.rows[0]["unchanged"]
@@ -160,8 +166,8 @@ def print_table(bench: Bench) -> None:
     columns = ("network", "parameters#", *(f"{kind}#" for kind in KINDS))
     bench.console.print(make_table(title, columns, shown))
     if {row["ours"] for row in bench.rows} == {True, False}:
-        said = {True: "ahead of all others", False: "not ahead of all others"}
-        bench.console.print("; ".join(f"{kind}: {said[won]}" for kind, won in verdict(bench.rows).items()))
+        said = "; ".join(f"{kind}: {'ahead' if won else 'not ahead'}" for kind, won in verdict(bench.rows).items())
+        bench.console.print(f"our first network beside all that are not ours, by more than the larger spread: {said}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import coverage
-from dynamics import KINDS, over_seeds
-from rows import read_rows
+from dynamics import KINDS, by_network, over_seeds
+from rows import cell, read_rows
+
+from gmcompress.tables import percent
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -32,15 +34,6 @@ def line(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def percent(share: float) -> str:
-    """A share, as a table has it.
-
-    >>> percent(0.25)
-    '25.0 %'
-    """
-    return f"{100 * share:.1f} %"
-
-
 def by_budget(rows: Iterable[Row]) -> list[Row]:
     """The largest budget first, the dense model left out."""
     smaller = [row for row in rows if row["competitor"] != "dense"]
@@ -51,7 +44,7 @@ def accuracy_lines(rows: Iterable[Row]) -> list[str]:
     """ResNet-20 before training and after one epoch: accuracy of every competitor at every budget.
 
     >>> row = {"arch": "resnet20", "budget": "9%", "competitor": "svd", "kept": 0.09, "recipe": {"epochs": 1}}
-    >>> accuracy_lines([{**row, "raw": 9.0, "tuned": None, "seeds": [0]}])
+    >>> accuracy_lines([{**row, "raw": 9.0, "tuned": None, "spread": {}, "seeds": [0]}])
     ['| 9% | svd | 9.0 % | 9.00 | - | 1 |']
     """
     return [line(*_accuracy_cells(row)) for row in by_budget(rows) if _is_usual(row)]
@@ -68,12 +61,8 @@ def _is_usual(row: Row) -> bool:
 
 
 def _accuracy_cells(row: Row) -> list[object]:
-    def decimal(step: str) -> str:
-        spread = row.get("spread", {}).get(step)
-        return "-" if row[step] is None else f"{row[step]:.2f}" + (f" ± {spread:.2f}" if spread else "")
-
-    steps = [decimal("raw"), decimal("tuned")]
-    return [row["budget"], row["competitor"], percent(row["kept"]), *steps, len(row["seeds"])]
+    steps = [cell(row, "raw"), cell(row, "tuned")]
+    return [row["budget"], row["competitor"], percent(row["kept"], 1), *steps, len(row["seeds"])]
 
 
 def agreement_lines(rows: Iterable[Row]) -> list[str]:
@@ -83,7 +72,7 @@ def agreement_lines(rows: Iterable[Row]) -> list[str]:
         return "-" if value is None else f"{value:.1f}"
 
     return [
-        line(row["budget"], row["competitor"], percent(row["kept"]), decimal(row["raw"]), decimal(row["tuned"]))
+        line(row["budget"], row["competitor"], percent(row["kept"], 1), decimal(row["raw"]), decimal(row["tuned"]))
         for row in by_budget(rows)
     ]
 
@@ -95,7 +84,7 @@ def speed_lines(rows: Iterable[Row], *, models: bool) -> list[str]:
         dense, ours = (row["competitors"][name]["ms"] for name in ("dense", "ours"))
         if models:
             layers = f"{row['structured']} of {row['layers']}"
-            cells = [percent(row["kept"]), f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}", layers]
+            cells = [percent(row["kept"], 1), f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}", layers]
         else:
             cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}"]
         lines.append(line(row["what"], row["batch"], *cells))
@@ -105,8 +94,7 @@ def speed_lines(rows: Iterable[Row], *, models: bool) -> list[str]:
 def dynamics_lines(rows: Sequence[Row]) -> list[str]:
     """Errors of every network with their spread over the seeds, and those of a forecast that nothing changes."""
     lines = []
-    for name in dict.fromkeys(row["row"] for row in rows):
-        own = [row for row in rows if row["row"] == name]
+    for name, own in by_network(rows).items():
         found = over_seeds(own)
         cells = [f"{found[kind]:.1f} ± {found['spread'][kind]:.1f}" for kind in KINDS]
         lines.append(line(name, f"{own[0]['parameters']:,}", len(own), *cells))

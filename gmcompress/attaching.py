@@ -20,7 +20,7 @@ from .copies import duplicate
 from .errors import GMError
 from .groups import Group
 from .kinds import view_of
-from .layers import COUNTERPARTS, GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
+from .layers import GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from .plain import is_plain, made_anew
 from .structure import Structure
 from .surgery import find_weight, holders, replace, site_name
@@ -105,7 +105,7 @@ def attach_(module: nn.Module, key: str, weight: GMWeight) -> nn.Module:
 
 
 def _change_class(module: nn.Module, cls: type) -> None:
-    """Past a `__setattr__` of the module's own, which may refuse."""
+    """Make a module one of another class, past a `__setattr__` of its own, which may refuse."""
     object.__setattr__(module, "__class__", cls)
 
 
@@ -155,13 +155,12 @@ def is_replaced(model: nn.Module, name: str) -> bool:
     """
     module, _ = find_weight(model, name)
     kind: Any = type(module)
-    if kind not in COUNTERPARTS or list(module._parameters) != ["weight", "bias"]:
+    if not is_plain(model, name) or list(module._parameters) != ["weight", "bias"]:
         return False
     if module._buffers or module._modules or any(each for name, each in vars(module).items() if name.endswith("hooks")):
         return False
     made = made_anew(module)
-    if made is None or not is_plain(model, name):
-        return False
+    assert made is not None, "a plain layer is as it was made"
     extra = {name: each for name, each in vars(module).items() if name not in vars(made)}  # the new layer gets these
     known = all(isinstance(each, str | int | float | None) for each in extra.values())
     return known and _names_used(kind).isdisjoint(extra)

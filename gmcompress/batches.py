@@ -71,9 +71,12 @@ def is_divisible(inputs: Inputs) -> bool:
 
 def first_of(inputs: Inputs, count: int) -> Inputs:
     """The first examples of a batch; all of one that cannot be divided."""
-    if not is_divisible(inputs):
-        return inputs
-    return tree_map(lambda each: each[:count] if isinstance(each, Tensor) else each, inputs)
+    return _part(inputs, 0, count) if is_divisible(inputs) else inputs
+
+
+def _part(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """The examples from one place up to another, of all tensors."""
+    return tree_map(lambda each: each[start:stop] if isinstance(each, Tensor) else each, inputs)
 
 
 def count_examples(inputs: Inputs) -> int:
@@ -97,13 +100,10 @@ def first_examples(batches: Iterable[Inputs], count: int) -> list[Inputs]:
 
 
 def split_batch(inputs: Inputs, limit: int) -> list[Inputs]:
-    """A batch in pieces of at most `limit` numbers of input, at least one example each."""
-    if not is_divisible(inputs) or not isinstance(inputs, Tensor | Mapping):
+    """A batch in pieces of at most `limit` numbers of input, at least one example each; whole if it has no parts."""
+    if not is_divisible(inputs):
         return [inputs]
     tensors = _tensors(inputs)
     total = len(tensors[0])
     size = max(1, limit // max(1, sum(each.numel() for each in tensors) // total))
-    if isinstance(inputs, Tensor):
-        return list(inputs.split(size))
-    pieces = range(0, total, size)
-    return [{k: v[n : n + size] if isinstance(v, Tensor) else v for k, v in inputs.items()} for n in pieces]
+    return [_part(inputs, start, start + size) for start in range(0, total, size)]

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
-from .copies import own
+from .copies import own_copy
 from .notes import Notes
 from .sensitivity import sensitivities
 from .surgery import Inputs, call, describe, floating
@@ -254,7 +254,7 @@ class _Measure:
             self.spread.append(max(float(square), 1e-20))
 
     def __call__(self, block: nn.Module, step: _Step) -> Tensor:  # ()
-        found = floating(block(*own(step.args), **own(step.kwargs)))
+        found = floating(block(*own_copy(step.args), **own_copy(step.kwargs)))
         errors = [
             (weight * (ours - wanted).square()).mean() / scale
             for ours, wanted, weight, scale in zip(found, step.wanted, self.weights, self.spread, strict=True)
@@ -285,7 +285,7 @@ def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any] | None
     found: list[tuple[Any, Any]] = []
 
     def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append((own(args), own(kwargs)))
+        found.append((own_copy(args), own_copy(kwargs)))
         raise _LeftError
 
     handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
@@ -348,7 +348,7 @@ class _Walk:
             self.at = name
         dense = self.models[0].get_submodule(name)
         with torch.no_grad():
-            wanted = [floating(dense(*own(args), **own(kwargs))) for args, kwargs in self.given[0]]
+            wanted = [floating(dense(*own_copy(args), **own_copy(kwargs))) for args, kwargs in self.given[0]]
         alike = all(describe(old) == describe(new) for old, new in zip(*self.given, strict=True))
         if not alike or len({tuple(each.shape[1:] for each in values) for values in wanted}) > 1:
             return []
@@ -361,5 +361,5 @@ class _Walk:
         if after and self.at == name:
             for model, found in zip(self.models, self.given, strict=True):
                 block = model.get_submodule(name)
-                found[:] = [((block(*own(args), **own(kwargs)),), {}) for args, kwargs in found]
+                found[:] = [((block(*own_copy(args), **own_copy(kwargs)),), {}) for args, kwargs in found]
             self.at = after

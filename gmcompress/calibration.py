@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor  # of one inside of vmap, which is of no use outside
+from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap is of no use outside
 
 from .batches import split_batch
 from .errors import GMError
@@ -205,7 +205,7 @@ class _Sums:
         return t[index], x[index]
 
     def _patches(self, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """Patches of both inputs, piece by piece along the batch, which there may be none of."""
+        """Patches of both inputs, piece by piece along the batch, an axis that they may lack."""
         if x.dim() == 3:
             t, x = (x[None], x[None]) if t is x else (t[None], x[None])
         whole = x.shape[0] * max(1, x[0].numel() * self.size // max(1, x.shape[1]))
@@ -243,22 +243,28 @@ def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
 
 
 def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
-    """The first tensor of floating point in the model's output, batch by batch; logits for a classifier."""
+    """`first_output` of what the model returns, batch by batch; logits for a classifier."""
     return [first_output(run(model, inputs)) for inputs in batches]
 
 
 def first_output(found: Any) -> Tensor:
+    """The first tensor of floating point in an output; one with axes, such as logits, before a loss beside it.
+
+    Raises:
+        GMError: there is none.
+    """
     tensors = floating(found)
     if not tensors:
         raise GMError(f"the model's output, {describe(found)}, holds no tensor of floating point to compare")
-    return next((each for each in tensors if each.dim()), tensors[0])  # rather than a loss beside the logits
+    return next((each for each in tensors if each.dim()), tensors[0])
 
 
 def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: bool) -> float:
     """How far outputs lie from the wanted ones, the mean over examples (and places).
 
-    For logits the Kullback–Leibler divergence of the distributions over classes, in nats; for other outputs the
-    squared error relative to the variance of the wanted ones. Of outputs of other sizes, such as boxes, what both have.
+    For logits of two classes or more the Kullback–Leibler divergence of the distributions over classes, in nats; for
+    other outputs the squared error relative to the variance of the wanted ones. Where sizes differ, as the numbers of
+    boxes found may, it compares what both have.
     """
     total, count = 0.0, 0
     for old, new in zip(wanted, found, strict=True):
@@ -307,7 +313,7 @@ def output_moments(
             stack.callback(model.get_submodule(name).register_forward_hook(_gradient_hook(name, sums)).remove)
         for whole in batches:
             for inputs in split_batch(whole, BACKWARD):
-                climb(model, inputs, generator, logits=logits)
+                backpropagate(model, inputs, generator, logits=logits)
     found = {}
     for name, total in sums.items():
         size = float(total.diagonal().mean())
@@ -335,8 +341,8 @@ def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
     return hook
 
 
-def climb(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logits: bool) -> None:
-    """The backward pass of a likelihood of the model's outputs; none where its code lets no gradient through."""
+def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logits: bool) -> None:
+    """The backward pass of `likelihood` of the model's outputs; none where its code lets no gradient through."""
     try:
         score = likelihood(first_output(call(model, inputs)), generator, logits=logits)
         if score.requires_grad:

@@ -44,7 +44,8 @@ def _check_copied(model: nn.Module, found: nn.Module, memo: Mapping[int, Any]) -
     old = {id(each): name for name, each in model.named_modules() if id(each) not in given}
     for each in found.modules():
         if id(each) in old:
-            raise GMError(f"{old[id(each)] or 'the model'!r} ({type(each).__name__}) is not copied by copy.deepcopy")
+            place, kind = old[id(each)] or "the model", type(each).__name__
+            raise GMError(f"{place!r} ({kind}) is not copied by copy.deepcopy; give {kind} a __deepcopy__ that does")
 
 
 def _complete(model: nn.Module, found: nn.Module) -> None:
@@ -101,7 +102,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         raise GMError(f"this {type(model).__name__} cannot give its state_dict: {said(problem)}") from problem
 
 
-def own(given: Any) -> Any:
+def own_copy(given: Any) -> Any:
     """A copy of arguments that a module may change in place; what is one tensor stays one."""
     copies: dict[int, Tensor] = {}
 

@@ -22,7 +22,7 @@ from .signals import flat_signal, shaped_signal
 from .stencils import Stencil, depthwise, find_stencil, multiply
 
 RESIDUALS = ("displacement", "row", "diagonal")
-TABLES = ("_main", "_inner", "_outer", "_rows", "_reads")  # the buffers
+TABLES = ("_main", "_inner", "_outer", "_rows", "_reads")  # buffers: index arrays that layers share
 
 
 class GroupConv(nn.Module):

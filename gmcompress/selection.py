@@ -110,9 +110,7 @@ def select(
     chosen, missing = solve(problem, deadline)
     if chosen is not None:
         return _selection(table, _choice(units, chosen - problem.first), missing)
-    stuck = find_stuck(problem, deadline)
-    if stuck is not None:
-        raise _exclusive(table, _choice(units, stuck[1] - problem.first), stuck[0], limits, fixed, totals)
+    _check_exclusive(table, units, problem, deadline, limits, fixed, totals)
     raise GMError(f"no choice within {_phrase(limits)} was found in {time_limit:g} s; raise one or the other")
 
 
@@ -137,9 +135,7 @@ def check_reachable(
     units, problem = _posed(table, limits, fixed, totals, ties)
     problem = problem._replace(loss=np.zeros_like(problem.loss))
     if len(limits) > 1 and solve(problem, deadline)[0] is None:
-        stuck = find_stuck(problem, deadline)
-        if stuck is not None:
-            raise _exclusive(table, _choice(units, stuck[1] - problem.first), stuck[0], limits, fixed, totals)
+        _check_exclusive(table, units, problem, deadline, limits, fixed, totals)
 
 
 def sweep(
@@ -309,17 +305,23 @@ def _phrase(limits: Mapping[str, int]) -> str:
     return " and ".join(f"{limit:,} {KINDS[kind]}" for kind, limit in limits.items())
 
 
-def _exclusive(
+def _check_exclusive(
     table: Mapping[str, Sequence[Candidate]],
-    nearest: Mapping[str, int],  # the choice
-    place: int,  # of the limit that it does not meet, among the limits
+    units: Sequence[_Unit],
+    problem: Problem,
+    deadline: float,
     limits: Mapping[str, int],
     fixed: Mapping[str, int],
     totals: Mapping[str, int],
-) -> GMError:
-    """What cannot be reached together with the limits before it."""
-    kind = list(limits)[place]
-    return _unreachable(kind, _taken(table, nearest, kind), limits, fixed, totals, beside=list(limits)[:place])
+) -> None:
+    """Refuse a limit that cannot be met together with those before it, where that is found out in time."""
+    stuck = find_stuck(problem, deadline)
+    if stuck is None:
+        return
+    place, nearest = stuck
+    kind, beside = list(limits)[place], list(limits)[:place]
+    smallest = _taken(table, _choice(units, nearest - problem.first), kind)
+    raise _unreachable(kind, smallest, limits, fixed, totals, beside=beside)
 
 
 def _unreachable(

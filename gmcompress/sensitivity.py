@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calibration import climb
+from .calibration import backpropagate
 from .surgery import Inputs, floating
 
 DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
@@ -41,7 +41,7 @@ def sensitivities(
             hook = _hook(name, sums[name], uneven)
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         for batch in batches:
-            climb(model, batch, generator, logits=logits)
+            backpropagate(model, batch, generator, logits=logits)
     for each in model.parameters():
         each.grad = None
     found = {}

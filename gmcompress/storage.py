@@ -60,10 +60,12 @@ def save(
     """Write a compressed model to a folder that takes the place of an older one, whole or not at all.
 
     `inputs` (those of a Result, or one random image for a timm model, where left out) make the stored pair of inputs
-    and outputs by which `load` checks itself; without any there is no such pair, and a warning says so.
+    and outputs by which `load` checks itself. Without any, or where those of a Result do not fit or cannot be stored,
+    there is no such pair, and a warning says so.
 
     Raises:
-        GMError: a wrapped model, inputs that it does not accept, a source that is not "timm:...", or no place to write.
+        GMError: a wrapped model, state that safetensors cannot hold, inputs given that the model does not accept or
+            that cannot be stored, a source that is not "timm:...", or no place to write.
     """
     place = usable(folder)
     plan = model.plan if isinstance(model, Result) else None

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from .copies import duplicate, evaluating, own
+from .copies import duplicate, evaluating, own_copy
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 from .nesting import laid_open
@@ -130,8 +130,8 @@ def shell(model: nn.Module) -> nn.Module:
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """One forward pass on a copy of the inputs: a tensor is the argument, a sequence or mapping holds all of them."""
     if isinstance(inputs, Mapping):
-        return model(**own(dict(inputs)))
-    return model(*own(list(inputs))) if isinstance(inputs, list | tuple) else model(own(inputs))
+        return model(**own_copy(dict(inputs)))
+    return model(*own_copy(list(inputs))) if isinstance(inputs, list | tuple) else model(own_copy(inputs))
 
 
 def describe(inputs: Any) -> str:

@@ -1,7 +1,9 @@
 """What all tests share: tolerances by dtype, a control that must fail, and a seeded source of randomness."""
 
+import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once by torch: idle threads then leave the cores to others
@@ -35,3 +37,10 @@ def must_fail(law: Callable[..., None], *subjects: Any) -> None:
 def generator() -> torch.Generator:
     """A source of random numbers, the same in every test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of the benchmarks by name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module

@@ -46,7 +46,8 @@ def test_batches_are_split_and_joined(generator: Generator) -> None:
     pieces = split_batch({"x": x, "y": x, "flag": True}, 12)
     assert [len(each["x"]) for each in pieces] == [2, 2, 2, 1]
     assert all(each["flag"] for each in pieces)
-    assert split_batch([x, x], 1) == [[x, x]]
+    for part, size in zip(split_batch({"x": x, "pair": [x, {"y": x}]}, 18), [2, 2, 2, 1], strict=True):
+        assert [len(each) for each in (part["x"], part["pair"][0], part["pair"][1]["y"])] == [size] * 3
 
 
 def test_a_batch_that_cannot_be_divided_stays_whole(generator: Generator) -> None:

@@ -1,6 +1,5 @@
 """The benchmark of the tables: it runs, its networks keep to their sizes, and its images are what they say."""
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -17,23 +16,12 @@ from gmcompress import GMError
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module of the benchmarks by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(each) for each in path.read_text().splitlines()]
-
-
 def test_every_row_runs_and_is_taken_over(modules: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables, rows = modules("tables"), modules("table_models").ROWS
     output = tmp_path / "tables.jsonl"
     arguments = ["--smoke", "--output", str(output)]
     assert tables.main(arguments) == 0
-    first = lines(output)
+    first = modules("rows").read_rows(output)
     assert [(each["table"], each["row"]) for each in first] == [(row.table, row.name) for row in rows]
     for line, row in zip(first, rows, strict=True):
         assert line["most"] is None or line["parameters"] <= line["most"]
@@ -46,15 +34,15 @@ def test_every_row_runs_and_is_taken_over(modules: Any, tmp_path: Path, capsys: 
     assert all(row.name in said for row in rows)
     again = ["--smoke", "--tables", "rectangles", "noise", "--resume", "--output", str(output)]
     assert tables.main(again) == 0
-    assert lines(output) == first
+    assert modules("rows").read_rows(output) == first
     assert tables.main([*again, "--seeds", "0", "1"]) == 0
-    assert [each["seed"] for each in lines(output)[len(first) :]] == [1, 1]
+    assert [each["seed"] for each in modules("rows").read_rows(output)[len(first) :]] == [1, 1]
 
 
 def test_the_rows_of_the_results_would_be_taken_over(modules: Any) -> None:
     """Unless their own command says otherwise, the recipes are those of the table."""
     tables, rows = modules("tables"), modules("table_models").ROWS
-    found = lines(BENCHMARKS / "results" / "tables.jsonl")
+    found = modules("rows").read_rows(BENCHMARKS / "results" / "tables.jsonl")
     assert found
     for line in found:
         row = next(each for each in rows if (each.table, each.name) == (line["table"], line["row"]))
@@ -68,7 +56,7 @@ def test_a_seed_is_one_result(modules: Any, tmp_path: Path) -> None:
     for seed in ("0", "0", "1"):
         arguments = ["--smoke", "--tables", "rectangles", "--seeds", seed, "--output", str(tmp_path / "x.jsonl")]
         assert tables.main(arguments) == 0
-    first, same, other = (each["loss"] for each in lines(tmp_path / "x.jsonl"))
+    first, same, other = (each["loss"] for each in modules("rows").read_rows(tmp_path / "x.jsonl"))
     assert first == same != other
 
 

@@ -247,9 +247,10 @@ def test_layers_that_are_not_plain_are_fitted_to_their_weights(kind: str, genera
         model[1].padding, model[1].stride = (1, 1), 2
     else:
         del model[1].bias
-        model[1].register_buffer("bias", torch.ones(8)) if kind == "buffer" else vars(model[1]).update(
-            bias=torch.ones(8)
-        )
+        if kind == "buffer":
+            model[1].register_buffer("bias", torch.ones(8))
+        else:
+            vars(model[1])["bias"] = torch.ones(8)
     x = torch.randn(40, 3, 5, 5, generator=generator)
     assert not is_plain(model, "1")
     result = gm.compress(model, "C4", data=[x], budget={"params": 600}, include="1", exclude=["0", "3"])

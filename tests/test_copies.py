@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gmcompress as gm
-from gmcompress.copies import duplicate, evaluating, own, state_of
+from gmcompress.copies import duplicate, evaluating, own_copy, state_of
 from gmcompress.surgery import run
 
 
@@ -86,13 +86,13 @@ def test_a_model_whose_train_returns_nothing(tmp_path):
 
 def test_own_arguments():
     x = torch.ones(2, requires_grad=True)
-    first, (second, third) = own([x, (x, {"y": 3})])
+    first, (second, third) = own_copy([x, (x, {"y": 3})])
     assert first is second
     assert first is not x
     assert first.requires_grad
     assert third == {"y": 3}
     given = torch.zeros(2)
-    own(given).add_(1)
+    own_copy(given).add_(1)
     assert not given.any()
 
 

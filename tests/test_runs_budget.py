@@ -262,7 +262,7 @@ def test_a_budget_out_of_reach_is_refused_at_once(settings, out):
 
 
 def test_limits_that_exclude_each_other_leave_the_table_for_another(settings, out, tmp_path, monkeypatch):
-    monkeypatch.setattr("gmcompress.jobs.check_budgets", lambda *_given, **_named: None)  # which tells it before
+    monkeypatch.setattr("gmcompress.jobs.check_budgets", lambda *_given, **_named: None)  # which refuses them before
     with pytest.raises(GMError, match=f"--resume {out} goes on from it, also with another budget") as told:
         compress_run(settings | {"budget": ["5%"]}, out)
     assert "5 %" in str(told.value) or "1,288" in str(told.value)

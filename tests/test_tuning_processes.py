@@ -73,7 +73,7 @@ def test_a_batch_tells_what_the_loss_leaves_out_and_changes_nothing(head, frozen
     run = Run(model, Headed(head=False), loader(generator), Recipe(epochs=1, lr=0.1, device="cpu"))
     run.loader.synchronized_generator = generator  # as in several processes
     before = state_of(run, generator)
-    assert run.leaves_some() == (head and not frozen)
+    assert run.leaves_parameters_out() == (head and not frozen)
     assert_same_state(before, state_of(run, generator))
     run.epoch(0, steps=run.steps, peak=0.1, progress=None)
     must_fail(assert_same_state, before, state_of(run, generator))

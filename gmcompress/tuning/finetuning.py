@@ -48,8 +48,8 @@ def fine_tune(
     of each (null where it was not finite), the steps of each and the seconds of all. `progress(epoch, step, steps,
     loss)` is called after every step, in the trial with -1 as the epoch, and `each_epoch(row)` with the row of history
     of every epoch as soon as its checkpoint is written. Runs through accelerate: on the CPU, one GPU, or several when
-    launched by `accelerate launch`, where each process calls both; where a loss may leave parameters out, that of the
-    first batch must leave some.
+    launched by `accelerate launch`, where each process calls both; there parameters may lack a gradient in later
+    batches only if some do in the first one.
 
     Raises:
         GMError: an empty loader, a teacher with other outputs, neither teacher nor labels, a loss that is not finite,

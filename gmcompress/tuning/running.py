@@ -61,7 +61,8 @@ class Run:
         self.loader: Any = loader
         if self.accelerator.distributed_type.startswith("MULTI_"):  # torch's DistributedDataParallel
             self.loader = self.accelerator.prepare(loader)
-            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=self.leaves_some())
+            unused = self.leaves_parameters_out()
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
         self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, self.loader)
         self.steps = len(self.loader)  # in an epoch, of this process, where there are several
 
@@ -102,11 +103,11 @@ class Run:
         loss = distillation_loss(found, wanted, labels, self.recipe)
         return loss if compared is None else loss + features * compared.weight * compared.loss(ours, theirs)
 
-    def leaves_some(self) -> bool:
+    def leaves_parameters_out(self) -> bool:
         """Whether the loss of a first batch leaves a trainable parameter without a gradient, in any of the processes.
 
-        Such a head, which no output reaches, would stall the processes unless they looked for it at every step. All is
-        as before: weights, statistics, gradients, modes and random numbers, those of the loader too.
+        A head that no output reaches, for one, would stall the processes unless they looked for such parameters at
+        every step. Weights, statistics, gradients, modes and random numbers, also the loader's, stay as they were.
         """
         modes = {module: module.training for module in self.model.modules()}
         drawing = getattr(self.loader, "synchronized_generator", None)  # of a loader that accelerate prepared
