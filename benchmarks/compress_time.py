@@ -178,6 +178,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="rows are appended to this file")
     parser.add_argument("--here", action="store_true", help="measure one model in this process and print its row")
     options = parser.parse_args(arguments)
+    if options.samples and options.budget is None:
+        parser.error("--samples calibrate a --budget")
     if options.here:
         print(json.dumps(work(options.models[0], options)))
         return 0

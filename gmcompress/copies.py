@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import update_wrapper
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -28,7 +29,7 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except Exception as problem:
         raise GMError(f"this {type(model).__name__} cannot be copied ({problem})") from problem
     _check_copied(model, found, memo)
-    _complete(model, found)
+    _complete(model, found, leaves)
     was_training = {name: module.training for name, module in model.named_modules()}
     for name, module in found.named_modules():
         module.training = was_training.get(name, module.training)  # graph modules are all in training once copied
@@ -48,17 +49,31 @@ def _check_copied(model: nn.Module, found: nn.Module, memo: Mapping[int, Any]) -
             raise GMError(f"{place!r} ({kind}) is not copied by copy.deepcopy; give {kind} a __deepcopy__ that does")
 
 
-def _complete(model: nn.Module, found: nn.Module) -> None:
-    """Give a copy what torch's own leaves out: what was set on parameters, and slots of modules."""
+def _complete(model: nn.Module, found: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copy what torch's own leaves out: what was set on parameters, and slots of modules.
+
+    `memo` is that of the copy.
+    """
     parameters, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
     for name, new in found.named_parameters():
         if (old := parameters.get(name)) is not None and vars(old):
             vars(new).update({key: each for key, each in vars(old).items() if key not in vars(new)})
     for name, copied in found.named_modules():
-        for cls in type(copied).__mro__ if type(copied) is type(modules.get(name)) else ():
-            for slot in [each for each in vars(cls).get("__slots__", ()) if not hasattr(copied, each)]:
-                if hasattr(modules[name], slot):
-                    object.__setattr__(copied, slot, getattr(modules[name], slot))
+        if type(copied) is not type(modules.get(name)):
+            continue
+        wanted = _slots(modules[name])
+        for slot in wanted.keys() - _slots(copied).keys():
+            object.__setattr__(copied, slot, copy.deepcopy(wanted[slot], memo))
+
+
+def _slots(module: nn.Module) -> dict[str, Any]:
+    """What the slots of a module hold, as far as they hold something."""
+    declared = (vars(cls).get("__slots__", ()) for cls in type(module).__mro__)
+    found = {}
+    for slot in (each for names in declared for each in ((names,) if isinstance(names, str) else names)):
+        with suppress(AttributeError):
+            found[slot] = getattr(module, slot)
+    return found
 
 
 def _uncopied(model: nn.Module) -> dict[int, Any]:

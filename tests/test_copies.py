@@ -17,13 +17,17 @@ class Slotted(nn.Linear):
     __slots__ = ("factor",)
 
 
+class Marked(Slotted):
+    __slots__ = "mark"  # one slot, of four letters
+
+
 def test_what_cannot_be_copied_is_shared_and_the_rest_is_not():
-    model = nn.Sequential(nn.Linear(4, 4), Slotted(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), Marked(4, 4))
     model.lock, model[0].steps = threading.Lock(), (each for each in range(3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such tensors are in beta state
         model.register_buffer("graph", torch.eye(4).to_sparse_csr())
-    model[1].factor, model[1].weight.scale = 3.0, 2.0
+    model[1].factor, model[1].weight.scale, model[1].mark = 3.0, 2.0, torch.ones(2)
     model[0].parent = weakref.ref(model)
     copied = duplicate(model, {})
     assert copied.lock is model.lock
@@ -31,6 +35,8 @@ def test_what_cannot_be_copied_is_shared_and_the_rest_is_not():
     assert copied.graph is not model.graph
     assert torch.equal(copied.graph.to_dense(), torch.eye(4))
     assert (copied[1].factor, copied[1].weight.scale) == (3.0, 2.0)
+    assert torch.equal(copied[1].mark, torch.ones(2))
+    assert copied[1].mark is not model[1].mark
     assert copied[0].parent() is copied
     assert copied[0].weight is not model[0].weight
 
