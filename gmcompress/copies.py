@@ -10,7 +10,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .errors import GMError, said
 
@@ -99,20 +99,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         return nn.Module.state_dict(model, keep_vars=True)
     except Exception as problem:
         raise GMError(f"this {type(model).__name__} cannot give its state_dict: {said(problem)}") from problem
-
-
-def own(given: Any) -> Any:
-    """A copy of arguments that a module may change in place; what is one tensor stays one."""
-    copies: dict[int, Tensor] = {}
-
-    def copied(each: Any) -> Any:
-        if not isinstance(each, Tensor):
-            return each
-        if id(each) not in copies:
-            copies[id(each)] = each.detach().clone().requires_grad_(each.requires_grad)
-        return copies[id(each)]
-
-    return tree_map(copied, given)
 
 
 def _followed(value: Any, copies: Mapping[int, Any]) -> Any:
