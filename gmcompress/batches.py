@@ -16,20 +16,27 @@ SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
 MEMORY = 1 << 29  # bytes of calibration inputs held
 
 
-def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None) -> list[Inputs]:
+class Taken(list[Inputs]):
+    """What was taken of a loader: a batch is all the arguments of a model, with no labels beside it."""
+
+
+def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None) -> Taken:
     """The inputs of the first batches of a loader: at most `samples` examples and half a gigabyte.
 
-    A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out; a tensor alone is one batch.
+    A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out; a tensor alone is one batch. Inputs
+    beside labels may be a mapping or several tensors, and a list of images beside as many mappings is one argument.
 
     Raises:
         GMError: the data is empty, or a batch is something else.
     """
-    found: list[Inputs] = []
+    if isinstance(data, Taken):
+        return Taken(_moved(each, device) for each in data)
+    found = Taken()
     count = held = 0
     for batch in [data] if isinstance(data, Tensor | Mapping) else data:
         inputs = _inputs_of(batch, device)
         tensors = _tensors(inputs)
-        if not tensors or tensors[0].dim() == 0 or not len(tensors[0]):
+        if not any(each.dim() and len(each) for each in tensors):
             raise GMError(f"a batch of calibration data holds examples along its first axis, not {describe(inputs)}")
         inputs = first_of(inputs, samples - count)
         found.append(inputs)
@@ -42,31 +49,66 @@ def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | 
     return found
 
 
-def _inputs_of(batch: Any, device: torch.device | None) -> Inputs:
-    def moved(each: Any) -> Any:
-        return each.to(device) if isinstance(each, Tensor) else each
+def _moved(inputs: Any, device: torch.device | None) -> Any:
+    return tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
 
+
+def _inputs_of(batch: Any, device: torch.device | None) -> Inputs:
+    if isinstance(batch, list | tuple) and len(batch) == 2 and _goes_with(*batch):
+        batch = batch[0]
+        if not isinstance(batch, Mapping):
+            return _moved(batch, device)
     if isinstance(batch, Mapping):
-        return {key: moved(each) for key, each in batch.items() if key != "labels"}
+        return {key: _moved(each, device) for key, each in batch.items() if key != "labels"}
     if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
-        return moved(batch[0])
+        return _moved(batch[0], device)
     if isinstance(batch, Tensor):
-        return moved(batch)
+        return _moved(batch, device)
+    if _is_detection(batch):
+        return [_moved(list(batch[0]), device)]
     raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the data gave {describe(batch)}")
+
+
+def _goes_with(inputs: Any, labels: Any) -> bool:
+    """Whether these are a mapping or several tensors, all arguments of a model, beside one tensor of labels."""
+    several = isinstance(inputs, list | tuple) and bool(inputs) and all(isinstance(each, Tensor) for each in inputs)
+    return isinstance(labels, Tensor) and (several or isinstance(inputs, Mapping))
+
+
+def _is_detection(batch: Any) -> bool:
+    """Whether it is a list of images and one of as many mappings of labels."""
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(e, list | tuple) for e in batch)):
+        return False
+    images, labels = batch
+    kinds = zip(images, labels, strict=False)
+    return 0 < len(images) == len(labels) and all(isinstance(a, Tensor) and isinstance(b, Mapping) for a, b in kinds)
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:
     return [each for each in tree_leaves(inputs) if isinstance(each, Tensor)]
 
 
+def _whole(given: Any, *, is_argument: bool = False) -> list[Tensor]:
+    """The tensors that are arguments, by themselves or in mappings: not those in lists, which may be examples each."""
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, Mapping):
+        return [found for each in given.values() for found in _whole(each, is_argument=True)]
+    if isinstance(given, list | tuple) and not is_argument:
+        return [found for each in given for found in _whole(each, is_argument=True)]
+    return []
+
+
 def is_divisible(inputs: Inputs) -> bool:
     """Whether all tensors have an example at each place of their first axis; a graph or a scalar input has not.
+
+    Nor has a list of images, each of which is an example.
 
     >>> is_divisible({"nodes": torch.ones(5, 3), "edges": torch.ones(2, 9)}), is_divisible(torch.ones(5, 3))
     (False, True)
     """
     sizes = {each.shape[:1] for each in _tensors(inputs)}  # of a scalar none
-    return len(sizes) == 1 and torch.Size() not in sizes
+    return len(sizes) == 1 and torch.Size() not in sizes and bool(_whole(inputs))
 
 
 def first_of(inputs: Inputs, count: int) -> Inputs:
@@ -80,8 +122,13 @@ def _part(inputs: Inputs, start: int, stop: int) -> Inputs:
 
 
 def count_examples(inputs: Inputs) -> int:
-    """The examples in a batch."""
-    return next(len(each) for each in _tensors(inputs) if each.dim())
+    """The examples in a batch: the places of a tensor's first axis, or the tensors of a list of them.
+
+    >>> count_examples(torch.ones(5, 3)), count_examples({"images": [torch.ones(3, 8, 8), torch.ones(3, 6, 9)]})
+    (5, 2)
+    """
+    sizes = [len(each) for each in _whole(inputs) if each.dim() and len(each)]
+    return sizes[0] if sizes else sum(each.dim() > 0 for each in _tensors(inputs))
 
 
 def first_examples(batches: Iterable[Inputs], count: int) -> list[Inputs]:

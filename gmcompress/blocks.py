@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
-from .copies import own_copy
+from .nesting import own_copy
 from .notes import Notes
 from .sensitivity import sensitivities
 from .surgery import Inputs, call, describe, floating
@@ -162,14 +163,14 @@ def _refit(
     descent = _Descent(block, parameters, used, held, measure, torch.Generator().manual_seed(seed))
     try:
         before = descent.judge()
-    except (RuntimeError, ValueError):
+    except Exception:  # such as outputs of other shapes than those wanted
         descent.close()
         return None
     after, rate = before, 0.0
     try:
         rate = LONGER * descent.choose(before, min(TRIAL, len(used) * passes))
         after = descent.run(rate, len(used) * passes)
-    except RuntimeError:  # what gives no gradients is left as it was
+    except Exception:  # of any kind: what gives no gradients is left as it was
         pass
     finally:
         if not after < before:
@@ -316,7 +317,11 @@ class _Walk:
         seen: list[tuple[str, Any, Any, Any]] = []
 
         def noting(name: str) -> Callable[..., None]:
-            return lambda _module, args, kwargs, output: seen.append((name, args, kwargs, output))
+            def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                inside = any(map(is_functorch_wrapped_tensor, floating(output)))  # of vmap, and of no use outside
+                seen.append((name, args, kwargs, None if inside else output))
+
+            return hook
 
         with ExitStack() as stack, torch.no_grad():
             for name in names:
@@ -332,7 +337,8 @@ class _Walk:
     def steps(self, name: str) -> list[_Step]:
         """What a block of the compressed model is given, and what that of the dense one gives.
 
-        None if that is too large, or where the two do not match, since what runs depends on values.
+        None if that is too large, or where the block does not run by itself, or the two do not match, since what runs
+        depends on values.
         """
         if self.at != name:
             self.at, self.given = "", [[], []]
@@ -347,8 +353,12 @@ class _Walk:
                     return []
             self.at = name
         dense = self.models[0].get_submodule(name)
-        with torch.no_grad():
-            wanted = [floating(dense(*own_copy(args), **own_copy(kwargs))) for args, kwargs in self.given[0]]
+        try:
+            with torch.no_grad():
+                wanted = [floating(dense(*own_copy(args), **own_copy(kwargs))) for args, kwargs in self.given[0]]
+        except Exception:  # of any kind, from code that counts on what runs around the block
+            self.at = ""
+            return []
         alike = all(describe(old) == describe(new) for old, new in zip(*self.given, strict=True))
         if not alike or len({tuple(each.shape[1:] for each in values) for values in wanted}) > 1:
             return []
@@ -358,7 +368,10 @@ class _Walk:
     def leave(self, name: str) -> None:
         """Go on to the next block, if this one gives it all that it is given."""
         after = self.next.get(name, "")
-        if after and self.at == name:
+        if not after or self.at != name:
+            return
+        self.at = ""
+        with suppress(Exception):  # of code that counts on what runs around the block
             for model, found in zip(self.models, self.given, strict=True):
                 block = model.get_submodule(name)
                 found[:] = [((block(*own_copy(args), **own_copy(kwargs)),), {}) for args, kwargs in found]

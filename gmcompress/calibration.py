@@ -127,14 +127,8 @@ def collect(
     sums: dict[str, _Sums] = {}
     old, new = (model.get_submodule for model in (dense, small))
     for number, inputs in enumerate(batches):
-        with ExitStack() as stack:
-            kept = _watch(stack, {name: old(name) for name in names})
-            _run(dense, inputs)
-            other = kept
-        if small is not dense:
-            with ExitStack() as stack:
-                other = _watch(stack, {name: new(name) for name in names})
-                _run(small, inputs)
+        kept = _given(dense, {name: old(name) for name in names}, inputs)
+        other = kept if small is dense else _given(small, {name: new(name) for name in names}, inputs)
         for name in names:
             for index, (t, x) in enumerate(_paired(kept[name], other[name])):
                 if name not in sums:
@@ -153,14 +147,35 @@ def _paired(dense: Sequence[Tensor], small: Sequence[Tensor]) -> list[tuple[Tens
     return [(t, x) for t, x in zip(dense if alike else small, small, strict=True) if x.numel()]
 
 
-def _watch(stack: ExitStack, modules: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
+def _given(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, list[Tensor]]:
+    """The inputs of modules in one run: kept as they are, or as copies where later code changed them in place."""
+    seen: dict[str, list[Tensor]] = {}
+    for copying in (False, True):
+        states: list[tuple[Tensor, tuple[int, int]]] = []
+        with ExitStack() as stack:
+            seen = _watch(stack, modules, states, copying=copying)
+            _run(model, inputs)
+        if all(_state(each) == state for each, state in states):
+            break
+    return seen
+
+
+def _watch(
+    stack: ExitStack,
+    modules: Mapping[str, nn.Module],
+    states: list[tuple[Tensor, tuple[int, int]]],  # of what is kept, which grows
+    *,
+    copying: bool,
+) -> dict[str, list[Tensor]]:
     """Lists that fill with the inputs of modules as they are called; the pass stops once each was called."""
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             if arguments and isinstance(arguments[0], Tensor) and not is_functorch_wrapped_tensor(arguments[0]):
-                seen[name].append(arguments[0])
+                found = arguments[0].clone() if copying else arguments[0]
+                seen[name].append(found)
+                states.append((found, _state(found)))
             if all(seen.values()):
                 raise _Stop
 
@@ -347,7 +362,9 @@ def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, 
         score = likelihood(first_output(call(model, inputs)), generator, logits=logits)
         if score.requires_grad:
             score.backward()
-    except (RuntimeError, IndexError) as problem:
+    except GMError:
+        raise
+    except Exception as problem:  # of any kind: some code refuses to be differentiated in evaluation mode
         if "out of memory" in str(problem) or "can't allocate" in str(problem):
             raise
 

@@ -11,7 +11,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .errors import GMError, said
 
@@ -59,11 +59,11 @@ def _complete(model: nn.Module, found: nn.Module, memo: dict[int, Any]) -> None:
         if (old := parameters.get(name)) is not None and vars(old):
             vars(new).update({key: each for key, each in vars(old).items() if key not in vars(new)})
     for name, copied in found.named_modules():
-        if type(copied) is not type(modules.get(name)):
-            continue
-        wanted = _slots(modules[name])
-        for slot in wanted.keys() - _slots(copied).keys():
-            object.__setattr__(copied, slot, copy.deepcopy(wanted[slot], memo))
+        given = modules.get(name)
+        if given is not None and type(copied) is type(given):
+            wanted = _slots(given)
+            for slot in wanted.keys() - _slots(copied).keys():
+                object.__setattr__(copied, slot, copy.deepcopy(wanted[slot], memo))
 
 
 def _slots(module: nn.Module) -> dict[str, Any]:
@@ -115,20 +115,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         return nn.Module.state_dict(model, keep_vars=True)
     except Exception as problem:
         raise GMError(f"this {type(model).__name__} cannot give its state_dict: {said(problem)}") from problem
-
-
-def own_copy(given: Any) -> Any:
-    """A copy of arguments that a module may change in place; what is one tensor stays one."""
-    copies: dict[int, Tensor] = {}
-
-    def copied(each: Any) -> Any:
-        if not isinstance(each, Tensor):
-            return each
-        if id(each) not in copies:
-            copies[id(each)] = each.detach().clone().requires_grad_(each.requires_grad)
-        return copies[id(each)]
-
-    return tree_map(copied, given)
 
 
 def _followed(value: Any, copies: Mapping[int, Any]) -> Any:

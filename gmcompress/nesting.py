@@ -1,15 +1,17 @@
-"""Nested inputs by name, the tensors and the settings in them, and back; objects in outputs laid open."""
+"""Nested inputs copied, and by name, the tensors and the settings in them, and back; objects in outputs laid open."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import GMError, shown
 from .files import is_storable
@@ -28,10 +30,44 @@ def laid_open(outputs: Any, *, depth: int = 4) -> Any:
     """
 
     def opened(each: Any) -> Any:
-        closed = isinstance(each, Tensor | nn.Module) or callable(each) or not hasattr(each, "__dict__")
-        return each if closed or not depth else {k: laid_open(v, depth=depth - 1) for k, v in vars(each).items()}
+        if not depth or _is_closed(each):
+            return each
+        return {k: laid_open(v, depth=depth - 1) for k, v in vars(each).items()}
 
     return tree_map(opened, outputs)
+
+
+def _is_closed(each: Any) -> bool:
+    """Whether it is something else than an object that holds values, such as a dataclass."""
+    return isinstance(each, Tensor | nn.Module | ModuleType) or callable(each) or not hasattr(each, "__dict__")
+
+
+def own_copy(given: Any) -> Any:
+    """A copy of arguments that a module may change in place, objects such as caches too; what is one thing stays one.
+
+    Objects that hold modules, or that cannot be copied, are shared.
+
+    >>> x = Tensor([1.0])
+    >>> first, second = own_copy([x, x])
+    >>> first is second, first is x
+    (True, False)
+    """
+    copies: dict[int, Any] = {}
+
+    def copied(each: Any) -> Any:
+        if id(each) in copies:
+            return copies[id(each)]
+        if isinstance(each, Tensor):
+            copies[id(each)] = each.detach().clone().requires_grad_(each.requires_grad)
+            return copies[id(each)]
+        if _is_closed(each) or any(isinstance(leaf, nn.Module) for leaf in tree_leaves(laid_open(each))):
+            return each
+        try:
+            return copy.deepcopy(each, copies)
+        except Exception:  # of any kind, from what it holds
+            return each
+
+    return tree_map(copied, given)
 
 
 def by_name(inputs: Any, *, name: str = ROOT) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .attaching import CHILD, empty, exchange, structured
+from .batches import is_divisible
 from .copies import evaluating, state_of
 from .errors import GMError, nearest_names, shown
 from .files import (
@@ -196,10 +197,8 @@ def _pair(model: nn.Module, inputs: Inputs | None) -> dict[str, Any]:
     """Example inputs, cut down to one sample where the model runs on that, and the outputs they give."""
     if inputs is None:
         return {}
-    named = by_name(list(inputs) if isinstance(inputs, tuple) else inputs)
-    sizes = {each.shape[0] if each.dim() else None for each in named.values() if isinstance(each, Tensor)}
-    ready = shell(model)
-    if len(sizes) == 1 and None not in sizes:
+    named, ready = by_name(list(inputs) if isinstance(inputs, tuple) else inputs), shell(model)
+    if is_divisible(inputs):
         try:
             first = {key: value[:1].clone() if isinstance(value, Tensor) else value for key, value in named.items()}
             return _run_pair(ready, first)

@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from .copies import duplicate, evaluating, own_copy
+from .copies import duplicate, evaluating
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
-from .nesting import laid_open
+from .nesting import laid_open, own_copy
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 

@@ -29,6 +29,16 @@ def test_what_is_taken_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(each) for each in take(batches_of(6, 6, 6))] == [6, 6]
 
 
+def test_inputs_beside_labels_may_be_several() -> None:
+    x, y = torch.ones(4, 2), torch.zeros(4)
+    (named,) = take([({"x": x, "mask": None, "labels": y}, y)])
+    assert set(named) == {"x", "mask"}
+    for pair in ((x, 2 * x), [x, 2 * x]):
+        (several,) = take(take([(pair, y)], samples=3))
+        assert [each.shape for each in several] == [(3, 2), (3, 2)]
+        assert torch.equal(several[1], 2 * several[0])
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [([], "empty"), ([3], "gave int"), ([torch.tensor(1.0)], "first axis"), ([torch.zeros(0, 3)], "first axis")],
@@ -48,6 +58,8 @@ def test_batches_are_split_and_joined(generator: Generator) -> None:
     assert all(each["flag"] for each in pieces)
     for part, size in zip(split_batch({"x": x, "pair": [x, {"y": x}]}, 18), [2, 2, 2, 1], strict=True):
         assert [len(each) for each in (part["x"], part["pair"][0], part["pair"][1]["y"])] == [size] * 3
+    pieces = split_batch({"x": x, "more": {"y": x}}, 12)
+    assert [len(each["more"]["y"]) for each in pieces] == [2, 2, 2, 1]
 
 
 def test_a_batch_that_cannot_be_divided_stays_whole(generator: Generator) -> None:
@@ -63,3 +75,27 @@ def test_a_batch_that_cannot_be_divided_stays_whole(generator: Generator) -> Non
     assert is_divisible(pair)
     assert [len(each) for each in (first_of(pair, 3)["x"], first_of(pair, 3)["pair"][0])] == [3, 3]
     assert first_of(pair, 3)["pair"][1] == {"flag": 1}
+
+
+def test_a_scalar_beside_the_examples_may_come_first() -> None:
+    x, step = torch.zeros(7, 3), torch.tensor(2.0)
+    for batch in ({"step": step, "x": x}, {"x": x, "step": step}):
+        (taken,) = take([batch])
+        assert count_examples(taken) == 7
+
+
+def test_a_list_of_images_is_not_divided(generator: Generator) -> None:
+    """By their channels, as batches would be."""
+    images = [torch.randn(3, size, 8, generator=generator) for size in (8, 6)]
+    labels = [{"boxes": torch.zeros(1, 4)} for _ in images]
+    for data in ([{"images": images}], [(images, labels)], [(tuple(images), tuple(labels))]):
+        (taken,) = take(take(data, samples=1))
+        (given,) = taken.values() if isinstance(taken, dict) else taken
+        assert all(torch.equal(a, b) for a, b in zip(given, images, strict=True))
+        assert not is_divisible(taken)
+        assert first_of(taken, 1) is taken
+        assert split_batch(taken, 1) == [taken]
+        assert count_examples(taken) == 2
+    for other in ([(images, labels[:1])], [(images, [1, 2])], [([], [])]):
+        with pytest.raises(GMError, match="but the data gave"):
+            take(other)

@@ -258,35 +258,6 @@ def test_layers_that_are_not_plain_are_fitted_to_their_weights(kind: str, genera
     assert torch.isfinite(result.model(x)).all()
 
 
-def test_layers_inside_of_vmap(generator: Generator) -> None:
-    class Ensemble(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.nets, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            parameters, buffers = torch.func.stack_module_state(list(self.nets))
-
-            def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-                return torch.func.functional_call(self.nets[0], (parameters, buffers), (x,))
-
-            return self.head(torch.vmap(one)(parameters, buffers).mean(0))
-
-    x = torch.randn(40, 8, generator=generator)
-    result = gm.compress(Ensemble(), "C4", data=[x], rank=1)
-    assert torch.isfinite(result.model(x)).all()
-
-
-def test_a_model_that_lets_no_gradients_through(generator: Generator) -> None:
-    class Closed(nn.Sequential):
-        @torch.inference_mode()
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)
-
-    x = torch.randn(40, 8, generator=generator)
-    assert gm.compress(Closed(nn.Linear(8, 8), nn.Linear(8, 3)), "C4", data=[x], budget="75%").plan.layers
-
-
 # ------------------------------------------------------------------------------------------------------ the divergences
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gmcompress as gm
-from gmcompress.copies import duplicate, evaluating, own_copy, state_of
+from gmcompress.copies import duplicate, evaluating, state_of
 from gmcompress.surgery import run
 
 
@@ -88,18 +88,6 @@ def test_a_model_whose_train_returns_nothing(tmp_path):
         for each in (loaded, gm.freeze(result, "structured").model):
             assert not each.training
             assert torch.allclose(each(x), run(result.model, x), atol=1e-5)
-
-
-def test_own_arguments():
-    x = torch.ones(2, requires_grad=True)
-    first, (second, third) = own_copy([x, (x, {"y": 3})])
-    assert first is second
-    assert first is not x
-    assert first.requires_grad
-    assert third == {"y": 3}
-    given = torch.zeros(2)
-    own_copy(given).add_(1)
-    assert not given.any()
 
 
 def test_the_state_is_whole_and_a_hook_that_fails_is_told():

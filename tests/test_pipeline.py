@@ -151,6 +151,30 @@ def test_a_model_that_does_not_run_compressed_is_put_back(inplace):
     assert model.again is body
 
 
+class Ensemble(nn.Module):
+    """Runs its members at once, for which their weights are stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.members, self.head = nn.ModuleList(nn.Linear(16, 16) for _ in range(2)), nn.Linear(16, 3)
+
+    def forward(self, x):
+        state = torch.func.stack_module_state(list(self.members))
+        found = torch.vmap(lambda each: torch.func.functional_call(self.members[0], each, (x,)))(state)
+        return self.head(found.mean(0))
+
+
+@pytest.mark.parametrize("data", [None, torch.randn(400, 16)], ids=["inputs", "data"])
+def test_layers_that_are_taken_jointly_need_one_structure(data):
+    options = {"inputs": torch.randn(4, 16), "data": data, "budget": "70%"}
+    different = {"members.0": "C4", "members.1": "lowrank:2"}
+    with pytest.raises(gm.GMError, match=r"the compressed model does not run, though the dense one does: .*ties="):
+        gm.compress(Ensemble(), "C4", overrides=different, **options)
+    result = gm.compress(Ensemble(), "C4", ties=["members.*"], **options)
+    one, other = (result.plan.layers[f"members.{index}"] for index in range(2))
+    assert one == other
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [

@@ -221,6 +221,23 @@ def test_inputs_by_name_and_by_position_are_stored(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_list_of_images_is_stored_whole(tmp_path):
+    class Colours(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(8, 8)
+
+        def forward(self, images):
+            return [self.body(each).mean(0) for each in images]  # which runs on a part of the colours too
+
+    images = [torch.randn(3, 6, 8), torch.randn(3, 4, 8)]
+    small = gm.compress(Colours(), "C4", rank=1, inputs=[images], include="*").model
+    gm.save(small, tmp_path / "small", inputs=[images])
+    stored = read_tensors(tmp_path / "small" / "check.safetensors")
+    assert [each.shape for name, each in sorted(stored.items()) if name.startswith("input")] == [(3, 6, 8), (3, 4, 8)]
+    assert gm.load(tmp_path / "small", Colours())
+
+
 def test_models_that_draw_numbers_are_checked_on_the_same_ones(tmp_path):
     class Masks(nn.Module):
         def __init__(self):
