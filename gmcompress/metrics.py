@@ -184,7 +184,11 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int | None]:
         total += _projection_macs(module, **dict(zip(("query", "key", "value"), given, strict=False)), **named)
 
     handles = [each.register_forward_hook(add) for each in model.modules() if is_counted(each)]
-    attentions = [each for each in model.modules() if type(each).forward is nn.MultiheadAttention.forward]
+    attentions = [
+        each
+        for each in model.modules()
+        if isinstance(each, nn.MultiheadAttention) and type(each).forward is nn.MultiheadAttention.forward
+    ]
     handles += [each.register_forward_hook(add_attention, with_kwargs=True) for each in attentions]
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one call is unknown to FlopCounterMode
