@@ -17,15 +17,14 @@ from .groups import group as parse
 from .groups.group import Indices
 from .linalg import usual_strides
 from .separation import Factors, check_kind, combine, grid_of, separate, shapes
-from .sharing import shared_tensor
+from .sharing import SharingModule, shared_tensor
 from .signals import flat_signal, shaped_signal
 from .stencils import Stencil, depthwise, find_stencil, multiply
 
 RESIDUALS = ("displacement", "row", "diagonal")
-TABLES = ("_main", "_inner", "_outer", "_rows", "_reads")  # buffers: index arrays that layers share
 
 
-class GroupConv(nn.Module):
+class GroupConv(SharingModule):
     """The convolution of signals on a group by a kernel on a ball: y[o, h] = b_o + Σ_c Σ_u k[o, c, u] x[c, h·u].
 
     Signals are (batch, channels, n), or (batch, channels, *axes) with an axis for each factor of a product; they move
@@ -57,6 +56,7 @@ class GroupConv(nn.Module):
     """
 
     PARTS: Final = ("kernel", "mixing", "outer", "inner", "gates", "filters")
+    SHARED = ("_main", "_inner", "_outer", "_rows", "_reads")  # index arrays
     kernel: Tensor  # of these, only those that the options ask for
     mixing: Tensor
     outer: Tensor
@@ -104,7 +104,7 @@ class GroupConv(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **made)) if bias else None)
         self._choose_methods()
-        self.share_tables_(torch.get_default_device() if device is None else device)
+        self.share_(torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     # ------------------------------------------------------------------------------------------------- what it reads
@@ -168,7 +168,7 @@ class GroupConv(nn.Module):
                 together = self.terms if step == "inner" else 1 + self.rank * (self.residual == "displacement")
                 self.methods[step] = stencil.method(together * self.out_channels, self.in_channels)
 
-    def share_tables_(self, device: torch.device | str | None = None) -> None:
+    def share_(self, device: torch.device | str | None = None) -> None:
         """Take the index arrays that all layers which read alike share on a device, by default where the kernel is."""
         device = next(iter(self.parts().values())).device if device is None else device
         for step, stencil in self._steps.items():
@@ -181,30 +181,6 @@ class GroupConv(nn.Module):
                 key = (self.stencil, self.residual, name, freed.tobytes())
                 table = shared_tensor(key, make, dtype=torch.int64, device=device)
                 self.register_buffer(name, table, persistent=False)
-
-    def _without_tables(self) -> dict[str, Tensor | None]:
-        return {name: None if name in TABLES else each for name, each in self._buffers.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles are made of: everything but the index arrays."""
-        return super().__getstate__() | {"_buffers": self._without_tables()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy shares the index arrays with its original."""
-        super().__setstate__(state)
-        self.share_tables_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupConv:
-        """What `.to` and `.cuda` go through, which would give every layer index arrays of its own."""
-        self._buffers = self._without_tables()
-        super()._apply(fn, recurse)
-        self.share_tables_()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        """With assign=True the stored tensors may now be on another device."""
-        super()._load_from_state_dict(*args, **options)
-        self.share_tables_()
 
     # ------------------------------------------------------------------------------------------------------ weights
 

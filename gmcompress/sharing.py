@@ -1,13 +1,16 @@
-"""Tensors that follow from a description and are never written to: one for all who ask, on each device."""
+"""Tensors that follow from a description and are never written to: one for all who ask, on each device.
+
+And modules that hold such tensors: what copies, moves and pickles of them go through leaves the tensors shared.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _TENSORS: WeakValueDictionary[tuple[Hashable, ...], Tensor] = WeakValueDictionary()  # those that somebody holds
 
@@ -38,3 +41,37 @@ def shared_tensor(
         if shared:
             _TENSORS[place] = found
         return found
+
+
+class SharingModule(nn.Module):
+    """A module some of whose buffers are shared tensors, in its copies too: never stored, and made anew where it is."""
+
+    SHARED: ClassVar[tuple[str, ...]]  # the names of these buffers
+
+    def share_(self) -> None:
+        """Take the shared tensors of the device on which the stored ones are."""
+        raise NotImplementedError
+
+    def _unshared_buffers(self) -> dict[str, Tensor | None]:
+        return {name: None if name in self.SHARED else each for name, each in self._buffers.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: everything but the shared tensors."""
+        return vars(self) | {"_buffers": self._unshared_buffers()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy shares them with its original."""
+        super().__setstate__(state)
+        self.share_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `.to` and `.cuda` go through, which would give every module tensors of its own."""
+        self._buffers = self._unshared_buffers()
+        super()._apply(fn, recurse)
+        self.share_()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """With assign=True the stored tensors may now be on another device."""
+        super()._load_from_state_dict(*args, **options)
+        self.share_()

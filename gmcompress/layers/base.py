@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import GMError
 from ..linalg import usual_strides
 from ..products import Layout, keep, layout_of, prepare, why_slow
+from ..sharing import SharingModule
 from ..structure import Structure, expand
 from .labels import label_table
 
@@ -34,7 +35,7 @@ class Verdict:
         return asdict(self)
 
 
-class GMLayer(nn.Module):
+class GMLayer(SharingModule):
     """What all structured weights share: the stored tensors of a structure, and `.weight`, computed from them.
 
     Parameters: `kernel` (o, i, n, *taps) for o × i blocks of group matrices, with displacement rank r `gates` (o, r, n)
@@ -47,6 +48,7 @@ class GMLayer(nn.Module):
     """
 
     PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales")
+    SHARED = ("labels",)
 
     def __init__(
         self,
@@ -97,31 +99,10 @@ class GMLayer(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def share_labels_(self) -> None:
+    def share_(self) -> None:
         """Take the table of labels that all layers of this structure share where the stored tensors are."""
         if self.structure.group is not None:
             self.labels = label_table(self.structure, self.parts()["kernel"].device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles are made of: everything but the table of labels."""
-        return super().__getstate__() | {"_buffers": self._buffers | {"labels": None}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy shares the table of labels with its original."""
-        super().__setstate__(state)
-        self.share_labels_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GMLayer:
-        """What `.to` and `.cuda` go through, which would give every layer a table of its own."""
-        self.labels = None
-        super()._apply(fn, recurse)
-        self.share_labels_()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        """With assign=True the stored tensors may now be on another device."""
-        super()._load_from_state_dict(*args, **options)
-        self.share_labels_()
 
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors of the weight by name."""

@@ -168,7 +168,7 @@ def _check_real(small: nn.Module) -> None:
         GMError: naming a tensor that is.
     """
     for layer in structured(small).values():
-        layer.share_labels_()
+        layer.share_()
     for name, each in [*small.named_parameters(), *small.named_buffers()]:
         if each.is_meta:
             raise GMError(
