@@ -1,7 +1,9 @@
 """What all tests share: tolerances by dtype, a control that must fail, and a seeded source of randomness."""
 
+import copy
 import importlib
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once by torch: idle 
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 torch.set_num_threads(2)
 torch.set_flush_denormal(True)
@@ -44,3 +46,20 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module of the benchmarks by name."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     return importlib.import_module
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {  # ways to come by another model that must share its tables
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "to float64": lambda model: copy.deepcopy(model).double(),
+    "to meta and back": lambda model: copy.deepcopy(model).to("meta").to_empty(device="cpu"),
+}
+
+
+def assert_own_weights(other: nn.Sequential, model: nn.Sequential, x: Tensor, *, at: int) -> None:
+    """A copy computes what its original does, and what is written into its layer at a place is not in the original."""
+    other.load_state_dict(model.state_dict())
+    assert_close(other(x.to(other[0].kernel)).float(), model(x), slack=10)
+    with torch.no_grad():
+        other[at].kernel.zero_()
+    assert model[at].kernel.abs().sum() > 0, "only the tables are shared"
