@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from . import metrics
 from .allocation import allocate
 from .attaching import empty, exchange, remember, set_bias, structured
-from .batches import SAMPLES, take
+from .batches import SAMPLES
 from .budgets import Given, parse_budget
 from .errors import GMError, nearest_names
 from .groups import Group
@@ -64,7 +64,21 @@ def make_plan(
     """
     check_model(model)
     job = Job.of(model, group, inputs, data, samples, effort, progress)
-    rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides}
+    rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
+    return _planned(job, budget=budget, rank=rank, residual=residual, checkpoint=checkpoint, **rules)
+
+
+def _planned(
+    job: Job,
+    *,
+    budget: Given | None,
+    rank: int | None,
+    residual: str,
+    checkpoint: str | Path | None,
+    ties: Sequence[Rules],
+    **rules: Any,
+) -> Plan:
+    """The plan of a job, within a budget or of one rank."""
     if rank is None:
         if residual != "displacement":
             raise GMError("residual= is for every layer alike; it goes with rank=, and under a budget the plan chooses")
@@ -73,8 +87,8 @@ def make_plan(
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
     sites = rehearsed_sites(job.model, job.inputs)
-    total = sum(each.numel() for each in model.parameters())
-    return choose(sites, group, model_parameters=total, rank=rank, residual=residual, **rules)
+    total = sum(each.numel() for each in job.model.parameters())
+    return choose(sites, job.group, model_parameters=total, rank=rank, residual=residual, **rules)
 
 
 def sweep(
@@ -159,15 +173,14 @@ def compress(
     GMLinear(64, 64, 'C8xC8+displacement:1', bias=True)
     """
     check_model(model)
-    data = None if data is None else take(data, samples=samples)
+    if plan is not None:
+        check_plan(plan, model)
+    job = Job.of(model, group, inputs, data, samples, effort, progress, inplace=inplace and plan is not None)
     if plan is None:
         rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
-        wanted: dict[str, Any] = {"budget": budget, "rank": rank, "residual": residual}
-        wanted |= {"data": data, "samples": samples, "inputs": inputs, "effort": effort}
-        wanted |= {"checkpoint": checkpoint, "progress": progress}
-        plan = make_plan(model, group, **wanted, **rules)
-    check_plan(plan, model)
-    job = Job.of(model, group, inputs, data, samples, effort, progress, inplace=inplace)
+        plan = _planned(job, budget=budget, rank=rank, residual=residual, checkpoint=checkpoint, **rules)
+        check_plan(plan, model)
+        job = changed(job, model=model) if inplace else job
     return carry_out(plan, job, checkpoint=checkpoint, inplace=inplace)
 
 
