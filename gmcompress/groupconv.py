@@ -145,17 +145,27 @@ class GroupConv(SharingModule):
         return found
 
     def _stencils(self) -> dict[str, Stencil]:
-        """What the forward pass multiplies by, step by step."""
+        """What the forward pass multiplies by, step by step: the factors of a kernel, or where cheaper the kernel."""
         found = {}
-        if self.kind in ("nonseparable", "gseparable") or (self.rank and self.residual == "displacement"):
-            found["main"] = self.stencil
         if self.kind == "dseparable":
             found["outer"] = self.stencil
         elif self.kind in ("separable", "dgseparable"):
             assert self.grid is not None
             found["inner"] = find_stencil(self.group, np.arange(self.group.order), self.grid[1])
             found["outer"] = find_stencil(self.group, self.stencil.members, self.grid[0])
+        if found and min(self.stencil.costs(self.out_channels, self.in_channels).values()) < self._cost_apart(found):
+            found = {}
+        if not found or (self.rank and self.residual == "displacement"):
+            found["main"] = self.stencil
         return found
+
+    def _cost_apart(self, steps: dict[str, Stencil]) -> float:
+        """Time for one example of a separable product by its factors, as `Stencil.costs` counts it."""
+        own = self.terms * self.out_channels
+        mixing = own * self.in_channels * self.group.order
+        if self.kind == "separable":
+            return min(steps["inner"].costs(own, self.in_channels).values()) + steps["outer"].depthwise_cost(own)
+        return mixing + sum(each.depthwise_cost(own) for each in steps.values())
 
     def _choose_methods(self) -> None:
         """The way to multiply of every step, by cost."""
@@ -288,7 +298,7 @@ class GroupConv(SharingModule):
 
     def _equivariant(self, flat: Tensor) -> Tensor:  # (batch, i, n) -> (batch, o, m)
         """The part without a residual; a separable one mixes channels once and then convolves each by itself."""
-        if self.kind in ("nonseparable", "gseparable"):
+        if "outer" not in self._steps:
             return self._multiply("main", flat, self.full_kernel())
         if self.kind == "separable":
             found = self._multiply("inner", flat, self._operand("inner").flatten(0, 1))
@@ -331,10 +341,10 @@ class GroupConv(SharingModule):
             return self._steps[step].multiply_adds(self.methods[step], channels, i, batch)
 
         joined = self.kind == "nonseparable" and self.residual == "displacement"
-        if self.kind in ("nonseparable", "gseparable"):
+        if "outer" not in self._steps:
             total = product("main", o * (1 + r * joined))
             # the kernel is a sum over terms of products
-            total += o * i * taps * terms if self.kind == "gseparable" and terms > 1 else 0
+            total += o * i * taps * terms if self.kind != "nonseparable" and terms > 1 else 0
         else:
             total = product("inner", terms * o) if self.kind == "separable" else terms * o * i * batch * n
             for step in ("inner", "outer") if self.kind == "dgseparable" else ("outer",):

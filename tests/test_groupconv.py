@@ -172,11 +172,14 @@ def test_a_row_is_free_at_one_position_and_a_diagonal_at_all(generator: Generato
 # --------------------------------------------------------------------------------------------------------- separable
 
 
+@pytest.mark.parametrize("inputs", [2, 40], ids=["by the kernel", "by its factors"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FACTORED)
-def test_separable_layers_are_the_twin_of_their_kernel(name: str, kind: str, generator: Generator) -> None:
+def test_separable_layers_are_the_twin_of_their_kernel(
+    name: str, kind: str, inputs: int, generator: Generator
+) -> None:
     radius = None if group(name).order < 8 else 1
-    layer = filled(GroupConv(name, 2, 3, radius=radius, separable=kind, terms=2, rank=1), generator)
+    layer = filled(GroupConv(name, inputs, 3, radius=radius, separable=kind, terms=2, rank=1), generator)
     signal = signal_on(layer, generator)
     assert_close(layer(signal), slow_forward(layer, signal), slack=10)
     layer.filters.data.zero_()
@@ -186,10 +189,18 @@ def test_separable_layers_are_the_twin_of_their_kernel(name: str, kind: str, gen
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_separable_layers_stride(kind: str, generator: Generator) -> None:
     for name, stride, radius in (("C8xC4", "C4xC2", 2), ("D4", [4], 2), ("C5:C4[2]", [1], 1)):
-        layer = filled(GroupConv(name, 2, 3, radius=radius, stride=stride, separable=kind), generator)
-        signal = signal_on(layer, generator)
-        assert_close(layer(signal), slow_forward(layer, signal), slack=10)
-        assert_equivariant(layer, signal, layer.stencil.members.tolist())
+        for inputs in (2, 40):
+            layer = filled(GroupConv(name, inputs, 3, radius=radius, stride=stride, separable=kind), generator)
+            signal = signal_on(layer, generator)
+            assert_close(layer(signal), slow_forward(layer, signal), slack=10)
+            assert_equivariant(layer, signal, layer.stencil.members.tolist())
+
+
+@pytest.mark.parametrize("kind", ["separable", "dseparable", "dgseparable"])
+def test_separable_layers_multiply_by_their_kernel_where_that_costs_less(kind: str) -> None:
+    few, many = (GroupConv("C8xC8", inputs, 32, radius=1, separable=kind).methods for inputs in (1, 256))
+    assert set(few) == {"main"}
+    assert set(many) == ({"outer"} if kind == "dseparable" else {"inner", "outer"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
