@@ -175,9 +175,7 @@ def test_a_row_is_free_at_one_position_and_a_diagonal_at_all(generator: Generato
 @pytest.mark.parametrize("inputs", [2, 40], ids=["by the kernel", "by its factors"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FACTORED)
-def test_separable_layers_are_the_twin_of_their_kernel(
-    name: str, kind: str, inputs: int, generator: Generator
-) -> None:
+def test_separable_layers_are_the_twin_of_their_kernel(name: str, kind: str, inputs: int, generator: Generator) -> None:
     radius = None if group(name).order < 8 else 1
     layer = filled(GroupConv(name, inputs, 3, radius=radius, separable=kind, terms=2, rank=1), generator)
     signal = signal_on(layer, generator)
