@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .batches import first_examples
 from .budgets import Budget
-from .calibration import collect, divergence, outputs
+from .calibration import divergence, outputs
 from .candidates import Subject, candidates, offered, priced, rank_within
 from .errors import GMError
 from .factors import Metric, start_factors
 from .groups import Group
+from .moments import collect
 from .notes import Notes
 from .plain import is_plain
 from .planning import Eligible, Plan

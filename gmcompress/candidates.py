@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd, prod
 from typing import Any
 
@@ -48,9 +49,14 @@ class Subject:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
 
+    @cached_property
+    def whole(self) -> float:
+        """tr(G W S Wᵀ), or 1 where that is nothing."""
+        return self.metric.loss(self.weight) or 1.0
+
     def relative_loss(self, approximation: Tensor) -> float:
         """tr(G E S Eᵀ)/tr(G W S Wᵀ)."""
-        return self.metric.relative_loss(approximation, self.weight)
+        return self.metric.loss(approximation.to(self.weight) - self.weight) / self.whole
 
     def candidate(self, structure: Structure | None, loss: float) -> Candidate:
         """The candidate with its exact costs."""

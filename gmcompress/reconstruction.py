@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import count_examples, first_examples
-from .calibration import Moments, collect, norms_after, output_moments
+from .batches import count_examples, first_examples, split_batch
+from .calibration import norms_after, output_moments
 from .candidates import Subject, plain_svd
 from .factors import Metric
 from .files import json_digest
+from .moments import Moments, collect
 from .notes import Notes
 from .plain import is_plain
 from .projection import Fit, project, relative_error, svd_error
@@ -27,6 +28,7 @@ TOTAL = 1.5e12  # multiply-adds of the fits of all layers
 BACKWARD_PASSES = 1e12  # multiply-adds spent on the output moments, which need no more examples than that allows
 FEWEST_BACKWARD = 64  # examples in any case
 HELD = 1.5e9  # bytes of moments held at once
+PIECE = 2_500_000  # numbers of input in one run, which keeps what goes into many layers
 OUTPUT_DAMPING = 0.3  # of the mean diagonal of the output moments, added to it: they are a rough model,
 # and the rougher the fewer examples there are for each of its rows
 
@@ -39,7 +41,7 @@ class Calibration:
 
     `outputs` holds the damped moments of the gradients at the layers' outputs; `norms` names the BatchNorm that a layer
     feeds directly; `passes` is how often the model may be run over all the batches, `macs` the multiply-adds of one
-    example, `effort` those that the fit of one layer may take.
+    example, `effort` a multiple of what fits usually take.
     """
 
     batches: Sequence[Inputs]
@@ -48,7 +50,7 @@ class Calibration:
     passes: int
     logits: bool
     macs: int = 1
-    effort: float = EFFORT
+    effort: float = 1.0
 
     def absorbs(self, name: str, layer: nn.Module) -> bool:
         """Whether a bias or a BatchNorm takes up a shift of the layer's mean output."""
@@ -100,8 +102,8 @@ def calibrate(
         damped[name] = (moment + damping * eye) / (1 + damping)
     examples = sum(count_examples(each) for each in batches)
     passes = max(FEWEST, int(effort * PASSES / max(1, macs * examples)))
-    each_fit = effort * min(EFFORT, TOTAL / max(1, len(names)))
-    return Calibration(tuple(batches), damped, norms_after(dense, batches[0], names), passes, logits, macs, each_fit)
+    pieces = tuple(piece for each in batches for piece in split_batch(each, PIECE))
+    return Calibration(pieces, damped, norms_after(dense, batches[0], names), passes, logits, macs, effort)
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,13 @@ def reconstruct(
     notes, kind = notes or Notes(None, {}), "fit-" + plan_digest(structures, calibration.effort)
     found = Reconstruction({}, {}, {})
     plain = {name: is_plain(dense, name) for name in structures}
+    effort = calibration.effort * min(EFFORT, TOTAL / max(1, sum(plain.values())))  # of one fit
     names = sorted(structures, key=lambda name: plain[name])
     while names and (kept := notes.read(kind, names[0])):
         found.take_in(names.pop(0), small, *_remembered(*kept))
     others = [[name] for name in names if not plain[name]]
     for chunk in others + calibration.chunks(dense, [name for name in names if plain[name]]):
-        moments = collect(dense, small, chunk, calibration.batches) if plain[chunk[0]] else {}
+        moments = collect(dense, small, chunk, calibration.batches, crossed=chunk[:1]) if plain[chunk[0]] else {}
         for name in chunk:
             if progress is not None:
                 progress(name, len(found.fits), len(structures))
@@ -162,7 +165,7 @@ def reconstruct(
             target = weight.double()
             if seen is not None and name == chunk[0]:
                 target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
-            fit = best_fit(weight, target, structures[name], metric, effort=calibration.effort)
+            fit = best_fit(weight, target, structures[name], metric, effort=effort)
             met = seen if seen is None or name == chunk[0] else replace(seen, mean=seen.dense_mean)
             bias, mean = _absorbed(name, layer, small, fit, calibration, met)
             found.take_in(name, small, fit, bias, mean)

@@ -11,16 +11,9 @@ from conftest import assert_close, must_fail
 from torch import Generator, Tensor, nn
 
 import gmcompress as gm
-from gmcompress import calibration
-from gmcompress.calibration import (
-    Moments,
-    collect,
-    divergence,
-    norms_after,
-    output_moments,
-    outputs,
-)
+from gmcompress.calibration import divergence, norms_after, output_moments, outputs
 from gmcompress.errors import GMError
+from gmcompress.moments import Moments, collect
 from gmcompress.plain import is_plain
 
 CONVOLUTIONS = [
@@ -112,13 +105,33 @@ def test_moments_of_tokens_and_of_a_module_called_twice(generator: Generator) ->
     assert not dense.body._forward_pre_hooks, "no hook is left behind"
 
 
+def test_only_crossed_layers_are_summed_with_the_dense_model(generator: Generator) -> None:
+    dense, small = two(nn.Conv2d, 4, 4, kernel_size=3)
+    batches = [torch.randn(3, 3, 6, 6, generator=generator) for _ in range(2)]
+    whole, own = collect(dense, small, ["1"], batches)["1"], collect(dense, small, ["1"], batches, crossed=[])["1"]
+    assert torch.equal(own.inputs, whole.inputs)
+    assert torch.equal(own.dense_mean, whole.dense_mean)
+    assert torch.equal(own.cross, own.inputs)
+    assert not torch.equal(whole.cross, whole.inputs), "the control"
+
+
+def test_sums_that_would_cost_too_much_are_of_fewer_vectors(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, _ = two(nn.Conv2d, 4, 4, kernel_size=3)  # sums of 36 x 36
+    batches = [torch.randn(4, 3, 12, 12, generator=generator) for _ in range(4)]  # 1600 patches
+    for work, expected in ((10**9, 1600), (500 * 36**2, 500), (1, 3 * 36)):
+        monkeypatch.setattr("gmcompress.moments.WORK", work)
+        assert collect(dense, dense, ["1"], batches)["1"].count == expected
+
+
 def test_a_subsample_is_unbiased(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many seeds the mean of the drawn moments nears the whole one as fast as chance allows."""
     dense, _ = two(nn.Conv2d, 4, 4, kernel_size=3)
     batches = [torch.randn(4, 3, 12, 12, generator=generator) for _ in range(40)]
-    monkeypatch.setattr(calibration, "POSITIONS", 10**6)
+    monkeypatch.setattr("gmcompress.moments.POSITIONS", 10**6)
     whole = collect(dense, dense, ["1"], batches)["1"]
-    monkeypatch.setattr(calibration, "POSITIONS", 45)  # 45·36 of 16000 patches, 40 of each batch
+    monkeypatch.setattr("gmcompress.moments.POSITIONS", 45)  # 45·36 of 16000 patches, 40 of each batch
     drawn = collect(dense, dense, ["1"], batches)["1"]
     assert whole.count == 40 * 400
     assert drawn.count == 40 * 40
@@ -151,7 +164,7 @@ def test_the_target_is_the_least_squares_weight(
     groups: int, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the vectors are many and undamped, no other weight W* makes Σ ‖W t − W* x‖² smaller."""
-    monkeypatch.setattr(calibration, "DAMPING", 1e-12)
+    monkeypatch.setattr("gmcompress.moments.DAMPING", 1e-12)
     x = torch.randn(400, groups, 5, generator=generator, dtype=torch.float64)
     t = x + 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
     weight = torch.randn(4 * groups, 5, generator=generator, dtype=torch.float64)

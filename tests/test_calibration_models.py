@@ -8,7 +8,7 @@ from conftest import assert_close, must_fail
 from torch import Generator, Tensor, nn
 
 import gmcompress as gm
-from gmcompress.calibration import collect
+from gmcompress.moments import collect
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -14,7 +14,7 @@ FLOORS = (
     ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing"),
     ("fourier", "fewrows", "signals", "nesting"),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
-    ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils"),
+    ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils", "moments"),
     ("calibration",),
     ("products",),
     ("fitting", "layers", "groupconv", "lattice", "lieconv"),

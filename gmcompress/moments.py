@@ -1,0 +1,272 @@
+"""Second moments of the inputs of layers, of the dense and the compressed model side by side, and what they tell.
+
+Inputs are seen through hooks on the modules by name, so that any model that runs can be calibrated. A layer that is
+never called (its weight is read by other code) has no moments, and is fitted without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap is of no use outside
+
+from .linalg import cholesky
+from .surgery import Inputs, run
+
+POSITIONS = 60  # input vectors per dimension of a moment, beyond which positions are drawn at random
+WORK = 5e10  # multiply-adds of the sums of one layer, beyond which they are drawn too, but for
+FEWEST = 3  # vectors per dimension
+CHUNK = 1 << 24  # numbers of one unfolded piece of a convolution's input
+DAMPING = 1e-3  # of the mean of a moment's diagonal, added to the diagonal
+TRUST = (0.0, 0.03, 0.3, 3.0)  # ridges under which targets are tried on examples held out, shares of the diagonal
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a layer's input vectors x (of the compressed model) and t (of the dense one), each of `size` numbers.
+
+    For a convolution a vector is one patch, in the order of the weight; a grouped convolution has one sum per group.
+    `inputs` is Σ x xᵀ and `cross` Σ t xᵀ, both (conv_groups, m, m) and divided by `count`; the means are (conv_groups,
+    m). `halves` are the moments of every other batch, where there are two or more.
+    """
+
+    count: int
+    inputs: Tensor
+    cross: Tensor
+    mean: Tensor
+    dense_mean: Tensor
+    halves: tuple[Moments, ...] = ()
+
+    def centred(self) -> Moments:
+        """The same with the means taken away: what counts where a bias or BatchNorm absorbs the mean."""
+        inputs = self.inputs - self.mean[:, :, None] * self.mean[:, None]
+        cross = self.cross - self.dense_mean[:, :, None] * self.mean[:, None]
+        halves = tuple(each.centred() for each in self.halves)
+        return Moments(self.count, inputs, cross, self.mean, self.dense_mean, halves)
+
+    def gram(self) -> Tensor:  # (conv_groups, m, m)
+        """Σ x xᵀ, damped, and shrunk towards its diagonal where there are few vectors for its size."""
+        m = self.inputs.shape[1]
+        diagonal = torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2))
+        few = m / (m + self.count)
+        return (1 - few) * self.inputs + few * diagonal + self._ridge()
+
+    def _ridge(self) -> Tensor:
+        size = self.inputs.diagonal(dim1=1, dim2=2).mean()
+        size = size if float(size) > 0 else torch.ones_like(size)
+        return DAMPING * size * torch.eye(self.inputs.shape[1], dtype=self.inputs.dtype, device=self.inputs.device)
+
+    def target(self, weight: Tensor) -> Tensor:  # (rows, columns, *taps), same
+        """The dense weight that best reproduces the dense layer's outputs from the compressed model's inputs.
+
+        W* = W (C + R)(S + R)⁻¹: ‖W t − Ŵ x‖² is ‖(W* − Ŵ) S^½‖² and a part that no Ŵ changes. The ridge R is the one
+        of TRUST, or so large that W* = W, whose targets err least when each half of the batches judges the other's:
+        vectors of one example resemble each other, so that their number does not tell how far to trust them.
+        """
+        if not self.halves:
+            return self._target(weight, TRUST[0])
+        one, other = self.halves
+        errors = {ridge: other._error(weight, one._target(weight, ridge)) for ridge in TRUST}
+        errors = {ridge: lost + one._error(weight, other._target(weight, ridge)) for ridge, lost in errors.items()}
+        best = min(errors, key=lambda ridge: errors[ridge])
+        kept = one._error(weight, weight) + other._error(weight, weight)
+        return weight if kept <= errors[best] else self._target(weight, best)
+
+    def _target(self, weight: Tensor, ridge: float) -> Tensor:
+        groups, m = self.inputs.shape[:2]
+        few = m / (m + self.count)
+        extra = (few + ridge) * torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2)) + self._ridge()
+        wanted = weight.reshape(groups, -1, m) @ ((1 - few) * self.cross + extra)
+        factors = cholesky((1 - few) * self.inputs + extra)
+        return torch.cholesky_solve(wanted.mT, factors).mT.reshape(weight.shape)
+
+    def _error(self, weight: Tensor, target: Tensor) -> float:
+        """The mean of ‖W t − W* x‖² over these vectors, without the part that no target changes."""
+        groups, m = self.inputs.shape[:2]
+        dense, new = weight.reshape(groups, -1, m), target.reshape(groups, -1, m)
+        return float((new * (new @ self.inputs - 2 * dense @ self.cross)).sum())
+
+    def shift(self, dense: Tensor, fitted: Tensor) -> Tensor:  # weights -> (rows)
+        """By how much the mean output of the fitted weight lies above that of the dense one."""
+        groups, m = self.inputs.shape[:2]
+        new = fitted.reshape(groups, -1, m) @ self.mean[:, :, None]
+        old = dense.reshape(groups, -1, m) @ self.dense_mean[:, :, None]
+        return (new - old).flatten()
+
+
+class _Stop(BaseException):  # the way out of a forward pass once its last layer was seen; no model catches it
+    pass
+
+
+def _run(model: nn.Module, inputs: Inputs) -> Any:
+    try:
+        return run(model, inputs)
+    except _Stop:
+        return None
+
+
+@torch.no_grad()
+def collect(
+    dense: nn.Module,
+    small: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Inputs],
+    *,
+    crossed: Iterable[str] | None = None,
+) -> dict[str, Moments]:
+    """The moments of the named layers, the dense and the compressed model run side by side on the same batches.
+
+    `small` may be the dense model itself. Both must be in evaluation mode. Of a layer's input vectors at most POSITIONS
+    per dimension are taken, fewer where the sums would cost too much, the same positions of both models. Layers that
+    are not `crossed`, by default all are, get their inputs for `cross`, which spares half of the work.
+    """
+    batches = list(batches)
+    sums: dict[str, _Sums] = {}
+    both = set(names if crossed is None else crossed)
+    old, new = (model.get_submodule for model in (dense, small))
+    for number, inputs in enumerate(batches):
+        kept = _given(dense, {name: old(name) for name in names}, inputs)
+        other = kept if small is dense else _given(small, {name: new(name) for name in names}, inputs)
+        for name in names:
+            for index, (t, x) in enumerate(_paired(kept[name], other[name])):
+                if name not in sums:
+                    sums[name] = _Sums(old(name), len(batches), crossed=name in both)
+                sums[name].add(t, x, half=number % 2, seed=number * 1000 + index)
+            kept[name], other[name] = [], []
+    return {name: each.moments() for name, each in sums.items() if any(each.counts)}
+
+
+def _paired(dense: Sequence[Tensor], small: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The inputs of a layer in both models, call by call; those of the compressed one alone where they do not match.
+
+    What goes into a layer may depend on the values before: the tokens of an expert, the boxes of a detector.
+    """
+    alike = [each.shape for each in dense] == [each.shape for each in small]
+    return [(t, x) for t, x in zip(dense if alike else small, small, strict=True) if x.numel()]
+
+
+def _given(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, list[Tensor]]:
+    """The inputs of modules in one run: kept as they are, or as copies where later code changed them in place."""
+    seen: dict[str, list[Tensor]] = {}
+    for copying in (False, True):
+        states: list[tuple[Tensor, tuple[int, int]]] = []
+        with ExitStack() as stack:
+            seen = _watch(stack, modules, states, copying=copying)
+            _run(model, inputs)
+        if all(state_of(each) == state for each, state in states):
+            break
+    return seen
+
+
+def _watch(
+    stack: ExitStack,
+    modules: Mapping[str, nn.Module],
+    states: list[tuple[Tensor, tuple[int, int]]],  # of what is kept, which grows
+    *,
+    copying: bool,
+) -> dict[str, list[Tensor]]:
+    """Lists that fill with the inputs of modules as they are called; the pass stops once each was called."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], Tensor) and not is_functorch_wrapped_tensor(arguments[0]):
+                found = arguments[0].clone() if copying else arguments[0]
+                seen[name].append(found)
+                states.append((found, state_of(found)))
+            if all(seen.values()):
+                raise _Stop
+
+        return hook
+
+    for name, module in modules.items():
+        stack.callback(module.register_forward_pre_hook(hook_of(name)).remove)
+    return seen
+
+
+class _Sums:
+    """The running sums of one layer."""
+
+    def __init__(self, module: nn.Module, batches: int, *, crossed: bool) -> None:
+        self.module, self.batches, self.crossed = module, batches, crossed
+        self.groups = getattr(module, "groups", 1)
+        self.size = module.get_parameter("weight")[0].numel()
+        self.counts = [0, 0]
+        self.sums: list[list[Tensor]] = [[], []]
+
+    def add(self, dense: Tensor, small: Tensor, *, half: int, seed: int) -> None:
+        """Take one call's inputs in."""
+        if isinstance(self.module, nn.Conv2d):
+            pairs = self._patches(dense, small, seed)
+        else:
+            x = small.reshape(-1, 1, self.size)
+            pairs = [self._drawn(x if dense is small else dense.reshape(-1, 1, self.size), x, seed)]
+        for t, x in pairs:  # each (vectors, groups, size)
+            own = x.transpose(0, 1).float()
+            other = own if t is x else t.transpose(0, 1).float()
+            inputs = (own.mT @ own).double()
+            cross = (other.mT @ own).double() if self.crossed and t is not x else inputs
+            found = [inputs, cross, own.sum(1).double(), other.sum(1).double()]
+            had = self.sums[half]
+            self.sums[half] = [a + b for a, b in zip(had, found, strict=True)] if had else found
+            self.counts[half] += len(x)
+
+    def _limit(self) -> int:
+        """Vectors of one batch."""
+        affordable = max(FEWEST * self.size, int(WORK / (self.groups * self.size**2)))
+        return max(1, min(POSITIONS * self.size, affordable) // self.batches)
+
+    def _drawn(self, t: Tensor, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        if len(x) <= self._limit():
+            return t, x
+        index = torch.randint(len(x), (self._limit(),), generator=torch.Generator().manual_seed(seed)).to(x.device)
+        drawn = x[index]
+        return drawn if t is x else t[index], drawn
+
+    def _patches(self, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Patches of both inputs, piece by piece along the batch, an axis that they may lack."""
+        if x.dim() == 3:
+            t, x = (x[None], x[None]) if t is x else (t[None], x[None])
+        whole = x.shape[0] * max(1, x[0].numel() * self.size // max(1, x.shape[1]))
+        pieces = max(1, -(-whole // CHUNK))
+        step = max(1, x.shape[0] // pieces)
+        share = max(1, self._limit() * step // x.shape[0])
+        for n, start in enumerate(range(0, x.shape[0], step)):
+            patches = [self._unfold(each[start : start + step]) for each in ((x,) if t is x else (t, x))]
+            if len(patches[0]) > share:
+                generator = torch.Generator().manual_seed(seed * 100_003 + n)
+                index = torch.randint(len(patches[0]), (share,), generator=generator).to(x.device)
+                patches = [each[index] for each in patches]
+            yield patches[0], patches[-1]
+
+    def _unfold(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) -> (patches, groups, size)
+        module = self.module
+        assert isinstance(module, nn.Conv2d)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(x.float(), module._reversed_padding_repeated_twice, mode=mode)
+        columns = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+        return columns.transpose(1, 2).reshape(-1, self.groups, self.size)
+
+    def moments(self) -> Moments:
+        apart = [(count, sums) for count, sums in zip(self.counts, self.sums, strict=True) if count]
+        halves = [_mean_of(count, sums) for count, sums in apart]
+        if len(halves) < 2:
+            return halves[0]
+        whole = _mean_of(sum(self.counts), [a + b for a, b in zip(*self.sums, strict=True)])
+        return replace(whole, halves=tuple(halves))
+
+
+def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
+    inputs, cross, mean, dense_mean = (each / count for each in sums)
+    return Moments(count, inputs, cross, mean, dense_mean)
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """A tensor and its values: an activation or addition in place gives the same tensor another version."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
