@@ -90,7 +90,9 @@ def tabulate(
     probes = None
     for chunk in chunks:
         known = calibration is not None and is_plain(dense, chunk[0])
-        moments = collect(dense, dense, chunk, calibration.batches) if calibration is not None and known else {}
+        moments = (
+            collect(dense, dense, chunk, calibration.batches, crossed=()) if calibration is not None and known else {}
+        )
         if calibration is not None and probes is None:
             probes = _Probes(dense, calibration, len(sites))
         for name in chunk:

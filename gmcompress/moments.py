@@ -33,7 +33,8 @@ class Moments:
 
     For a convolution a vector is one patch, in the order of the weight; a grouped convolution has one sum per group.
     `inputs` is Σ x xᵀ and `cross` Σ t xᵀ, both (conv_groups, m, m) and divided by `count`; the means are (conv_groups,
-    m). `halves` are the moments of every other batch, where there are two or more.
+    m). `halves` are the moments of every other batch, where there are two or more. Where `collect` was told not to
+    cross a layer, `cross` is `inputs`, and there are no halves.
     """
 
     count: int
@@ -123,8 +124,8 @@ def collect(
     """The moments of the named layers, the dense and the compressed model run side by side on the same batches.
 
     `small` may be the dense model itself. Both must be in evaluation mode. Of a layer's input vectors at most POSITIONS
-    per dimension are taken, fewer where the sums would cost too much, the same positions of both models. Layers that
-    are not `crossed`, by default all are, get their inputs for `cross`, which spares half of the work.
+    per dimension are taken, fewer where the sums would cost too much, the same positions of both models. By default
+    all layers are `crossed`; to leave it out spares half of the work, and five sixths of the memory.
     """
     batches = list(batches)
     sums: dict[str, _Sums] = {}
@@ -137,7 +138,7 @@ def collect(
             for index, (t, x) in enumerate(_paired(kept[name], other[name])):
                 if name not in sums:
                     sums[name] = _Sums(old(name), len(batches), crossed=name in both)
-                sums[name].add(t, x, half=number % 2, seed=number * 1000 + index)
+                sums[name].add(t, x, number=number, seed=number * 1000 + index)
             kept[name], other[name] = [], []
     return {name: each.moments() for name, each in sums.items() if any(each.counts)}
 
@@ -197,11 +198,12 @@ class _Sums:
         self.module, self.batches, self.crossed = module, batches, crossed
         self.groups = getattr(module, "groups", 1)
         self.size = module.get_parameter("weight")[0].numel()
-        self.counts = [0, 0]
-        self.sums: list[list[Tensor]] = [[], []]
+        self.counts = [0, 0] if crossed else [0]
+        self.sums: list[list[Tensor]] = [[] for _ in self.counts]
 
-    def add(self, dense: Tensor, small: Tensor, *, half: int, seed: int) -> None:
-        """Take one call's inputs in."""
+    def add(self, dense: Tensor, small: Tensor, *, number: int, seed: int) -> None:
+        """Take one call's inputs in, of a batch of this number."""
+        half = number % len(self.sums)
         if isinstance(self.module, nn.Conv2d):
             pairs = self._patches(dense, small, seed)
         else:
@@ -210,9 +212,10 @@ class _Sums:
         for t, x in pairs:  # each (vectors, groups, size)
             own = x.transpose(0, 1).float()
             other = own if t is x else t.transpose(0, 1).float()
-            inputs = (own.mT @ own).double()
-            cross = (other.mT @ own).double() if self.crossed and t is not x else inputs
-            found = [inputs, cross, own.sum(1).double(), other.sum(1).double()]
+            found = [own.mT @ own, own.sum(1), other.sum(1)]
+            if self.crossed:
+                found.append(found[0] if t is x else other.mT @ own)
+            found = [each.double() for each in found]
             had = self.sums[half]
             self.sums[half] = [a + b for a, b in zip(had, found, strict=True)] if had else found
             self.counts[half] += len(x)
@@ -263,8 +266,8 @@ class _Sums:
 
 
 def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
-    inputs, cross, mean, dense_mean = (each / count for each in sums)
-    return Moments(count, inputs, cross, mean, dense_mean)
+    inputs, mean, dense_mean, *cross = (each / count for each in sums)
+    return Moments(count, inputs, cross[0] if cross else inputs, mean, dense_mean)
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:

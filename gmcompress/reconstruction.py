@@ -70,10 +70,10 @@ class Calibration:
         held = 0.0
         for name in names:
             weight = model.get_submodule(name).get_parameter("weight")
-            size = 32.0 * weight[0].numel() ** 2 * getattr(model.get_submodule(name), "groups", 1)
+            size = 8.0 * weight[0].numel() ** 2 * getattr(model.get_submodule(name), "groups", 1)
             if not found or len(found[-1]) >= most or held + size > HELD:
                 found.append([])
-                held = 0.0
+                held = 5 * size  # the first one's moments are crossed, and in halves
             found[-1].append(name)
             held += size
         return found
