@@ -13,7 +13,7 @@ from typing import Any
 
 import coverage
 from dynamics import KINDS, by_network, over_seeds
-from rows import cell, read_rows
+from rows import cell, read_rows, summary
 
 from gmcompress.tables import percent
 
@@ -102,6 +102,29 @@ def dynamics_lines(rows: Sequence[Row]) -> list[str]:
     return [*lines, line("nothing changes", "–", "–", *cells)]
 
 
+def paper_lines(rows: Iterable[Row]) -> list[str]:
+    """Our networks on the tasks of the GM paper, over their seeds, each task with what others have published.
+
+    >>> row = {"table": "noise", "row": "six layers", "parameters": 5780, "recipe": {"epochs": 9}, "accuracy": 96.0}
+    >>> other = {"model": "GM-CNN", "parameters": 5915, "accuracy": 90.2}
+    >>> paper_lines([{**row, "published": [other]}])
+    ['| noise | ours, six layers | 5,780 | 96.00 | 9 | 1 |', '| noise | published, GM-CNN | 5,915 | 90.20 | - | - |']
+    """
+    tasks: dict[str, dict[tuple[str, int], list[Row]]] = {}
+    for row in rows:
+        own = tasks.setdefault(row["table"], {})
+        own.setdefault((row["row"], row["recipe"]["epochs"]), []).append(row)
+    lines = []
+    for task, networks in tasks.items():
+        for (name, epochs), each in networks.items():
+            found = cell(summary({"accuracy": [row["accuracy"] for row in each]}), "accuracy")
+            lines.append(line(task, f"ours, {name}", f"{each[0]['parameters']:,}", found, epochs, len(each)))
+        for other in next(iter(networks.values()))[0]["published"]:
+            counted = "-" if other["parameters"] is None else f"{other['parameters']:,}"
+            lines.append(line(task, f"published, {other['model']}", counted, f"{other['accuracy']:.2f}", "-", "-"))
+    return lines
+
+
 def bodies(results: Path = RESULTS) -> dict[str, list[str]]:
     """The rows of every table, by the name that the README has for it."""
     found = {name: read_rows(results / f"{name}.jsonl") for name in ("accuracy_budgets", "transformer", "speed")}
@@ -112,6 +135,7 @@ def bodies(results: Path = RESULTS) -> dict[str, list[str]]:
         "transformer": agreement_lines(found["transformer"]),
         "speed layers": speed_lines(found["speed"], models=False),
         "speed models": speed_lines(found["speed"], models=True),
+        "paper": paper_lines(read_rows(results / "tables.jsonl")),
         "dynamics": dynamics_lines(read_rows(results / "dynamics.jsonl")),
         **{name: [line(*each) for each in lines] for name, (_, lines) in reached.items()},
     }

@@ -32,6 +32,7 @@ EFFORT = {True: 1e11, False: 2e10}  # multiply-adds for a layer's table, with da
 ANCHORS = (0.25, 0.6)  # where they would take more, adapted bases are fitted at these two sizes only
 ANCHOR_EFFORT = {True: 1.5e10, False: 1.5e9}  # multiply-adds of each of the two fits
 TINY = 1e-30  # stands for a loss of zero in logarithms
+HOPELESS = 3.0  # times the loss of a low rank: a Frobenius loss that data is not expected to make good
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 
 
@@ -121,17 +122,18 @@ def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
     quotient of `group` that fits, with displacement ranks up to 2. Along each family the fits are nested: a larger
     rank starts from the smaller one's fit, so that more parameters never give a larger loss.
     """
-    found = [subject.candidate(None, 0.0)]
+    low_ranks: list[Candidate] = []
     split, starts = _has_split(subject.shape), {}
     for view in [False, True] if split else [False]:
         ranks, starts[view] = _low_ranks(subject, split=view)
-        found += ranks
+        low_ranks += ranks
+    found = [subject.candidate(None, 0.0), *low_ranks]
     if _cost(subject) <= EFFORT[subject.metric.inputs is not None]:
         found += _adapted(subject, split=split)
     else:
-        found += _estimated(subject, found, starts[split], split=split)
+        found += _estimated(subject, low_ranks, starts[split], split=split)
     if group is not None:
-        found += _group_matrices(subject, group)
+        found += _group_matrices(subject, group, low_ranks)
     return undominated(found)
 
 
@@ -273,8 +275,10 @@ def _sized(subject: Subject, share: float, grid: tuple[int, int], *, split: bool
 
 
 def _loss_at(low_ranks: Sequence[Candidate], stored: int) -> float:
-    """The loss of a low rank of any size, by log-linear interpolation between those of the table."""
+    """The loss of a low rank of any size, by log-linear interpolation in the table; 0 where none loses."""
     known = [each for each in undominated(low_ranks) if each.loss > 0]
+    if not known:
+        return 0.0
     smaller = [each for each in known if each.params <= stored]
     larger = [each for each in known if each.params > stored]
     if not smaller or not larger:
@@ -310,11 +314,18 @@ def _grown(subject: Subject, structure: Structure, smaller: Tensors) -> Tensors:
     return {name: torch.cat([smaller[name], extra[name]], dim=axes[name]) for name in smaller}
 
 
-def _group_matrices(subject: Subject, group: Group) -> Iterator[Candidate]:
-    """The nearest group matrices of every quotient that fits, alone and with small displacement ranks."""
+def _group_matrices(subject: Subject, group: Group, low_ranks: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The nearest group matrices of every quotient that fits, alone and with small displacement ranks.
+
+    Under a metric, in which losses take long to find, those without hope beside a low rank are left out.
+    """
+    smallest = min((each.params for each in low_ranks), default=math.inf)
     for structure in _group_structures(subject.shape, group, subject.conv_groups):
-        fit = project(subject.weight, structure)
-        yield subject.candidate(structure, _loss(subject, structure, dict(fit.tensors)))
+        fit, stored = project(subject.weight, structure), structure.parameters(subject.shape)
+        if subject.metric == Metric():
+            yield subject.candidate(structure, fit.loss)
+        elif stored < smallest or fit.loss <= HOPELESS * _loss_at(low_ranks, stored):
+            yield subject.candidate(structure, _loss(subject, structure, dict(fit.tensors)))
 
 
 def _group_structures(shape: Sequence[int], group: Group, conv_groups: int) -> Iterator[Structure]:

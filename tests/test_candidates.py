@@ -166,19 +166,42 @@ def test_undominated_is_that_of_all_pairs(generator: Generator) -> None:
         assert len(kept) == len(slow_undominated(found))
 
 
+@pytest.mark.parametrize("data", [False, True])
 @pytest.mark.parametrize(("text", "shape"), [("C4", (16, 16)), ("D4", (16, 8)), ("C2xC2", (8, 8, 3, 3))])
-def test_a_planted_group_matrix_picks_its_group(text: str, shape: tuple[int, ...], generator: Generator) -> None:
+def test_a_planted_group_matrix_picks_its_group(
+    text: str, shape: tuple[int, ...], data: bool, generator: Generator
+) -> None:
     structure = Structure.parse(text)
     weight = expand(random_tensors(structure, shape, generator), structure, shape)
+    metric = subject_of(shape, 1, generator, data=data).metric
 
     def assert_picked(weight: Tensor) -> None:
-        exact = [each for each in candidates(Subject(weight, Metric()), group(text)) if each.loss < 1e-20]
+        exact = [each for each in candidates(Subject(weight, metric), group(text)) if each.loss < 1e-20]
         assert {text, None} >= {each.structure for each in exact} >= {text}
 
     assert_picked(weight)
     must_fail(assert_picked, weight + 0.1 * randn(shape, generator))
     names = [each.structure for each in candidates(Subject(weight, Metric()), None) if each.structure]
     assert not any(each.startswith(("C", "D")) for each in names), "without a group there are no group matrices"
+
+
+def test_group_matrices_without_hope_cost_no_loss_under_a_metric(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weight is close to a low rank; the table is the same as with every loss found."""
+    subject = subject_of((32, 32), 1, generator, data=True)
+    near = randn((32, 2), generator) @ randn((2, 32), generator) + 0.01 * subject.weight
+    measured: list[Tensor] = []
+    known = Metric.loss
+    monkeypatch.setattr(Metric, "loss", lambda metric, error: measured.append(error) or known(metric, error))
+    tables, calls = [], []
+    for limit in (3.0, float("inf")):
+        monkeypatch.setattr("gmcompress.candidates.HOPELESS", limit)
+        tables.append(candidates(Subject(near, subject.metric), group("C8")))
+        calls.append(len(measured))
+        measured.clear()
+    assert tables[0] == tables[1]
+    assert calls[0] < calls[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- the factors
