@@ -133,7 +133,9 @@ def ridged(matrices: Tensor, ridge: float) -> Tensor:  # (*b, n, n)
     """Symmetric matrices with `ridge` times their mean diagonal added to it, so that they can be factored."""
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     tiny = torch.finfo(matrices.dtype).tiny
-    return matrices + torch.diag_embed((ridge * mean + tiny).expand(matrices.shape[:-1]))
+    found = matrices.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(ridge * mean + tiny)
+    return found
 
 
 def cholesky(matrices: Tensor, ridge: float = 1e-12) -> Tensor:  # (*b, n, n), lower

@@ -6,7 +6,7 @@ never called (its weight is read by other code) has no moments, and is fitted wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,15 +53,20 @@ class Moments:
 
     def gram(self) -> Tensor:  # (conv_groups, m, m)
         """Σ x xᵀ, damped, and shrunk towards its diagonal where there are few vectors for its size."""
-        m = self.inputs.shape[1]
-        diagonal = torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2))
-        few = m / (m + self.count)
-        return (1 - few) * self.inputs + few * diagonal + self._ridge()
+        few = self._few()
+        found = (1 - few) * self.inputs
+        found.diagonal(dim1=1, dim2=2).add_(self._added(few))
+        return found
 
-    def _ridge(self) -> Tensor:
-        size = self.inputs.diagonal(dim1=1, dim2=2).mean()
-        size = size if float(size) > 0 else torch.ones_like(size)
-        return DAMPING * size * torch.eye(self.inputs.shape[1], dtype=self.inputs.dtype, device=self.inputs.device)
+    def _few(self) -> float:
+        """The share of the diagonal to which so few vectors are shrunk."""
+        return self.inputs.shape[1] / (self.inputs.shape[1] + self.count)
+
+    def _added(self, share: float) -> Tensor:  # (conv_groups, m)
+        """A share of the diagonal, and the damping."""
+        diagonal = self.inputs.diagonal(dim1=1, dim2=2)
+        size = diagonal.mean()
+        return share * diagonal + DAMPING * (size if float(size) > 0 else torch.ones_like(size))
 
     def target(self, weight: Tensor) -> Tensor:  # (rows, columns, *taps), same
         """The dense weight that best reproduces the dense layer's outputs from the compressed model's inputs.
@@ -80,12 +85,12 @@ class Moments:
         return weight if kept <= errors[best] else self._target(weight, best)
 
     def _target(self, weight: Tensor, ridge: float) -> Tensor:
-        groups, m = self.inputs.shape[:2]
-        few = m / (m + self.count)
-        extra = (few + ridge) * torch.diag_embed(self.inputs.diagonal(dim1=1, dim2=2)) + self._ridge()
-        wanted = weight.reshape(groups, -1, m) @ ((1 - few) * self.cross + extra)
-        factors = cholesky((1 - few) * self.inputs + extra)
-        return torch.cholesky_solve(wanted.mT, factors).mT.reshape(weight.shape)
+        few = self._few()
+        added, (groups, m) = self._added(few + ridge), self.inputs.shape[:2]
+        dense, moment = weight.reshape(groups, -1, m), (1 - few) * self.inputs
+        moment.diagonal(dim1=1, dim2=2).add_(added)
+        wanted = (1 - few) * (dense @ self.cross) + dense * added[:, None]
+        return torch.cholesky_solve(wanted.mT, cholesky(moment)).mT.reshape(weight.shape)
 
     def _error(self, weight: Tensor, target: Tensor) -> float:
         """The mean of ‖W t − W* x‖² over these vectors, without the part that no target changes."""
@@ -205,7 +210,7 @@ class _Sums:
         """Take one call's inputs in, of a batch of this number."""
         half = number % len(self.sums)
         if isinstance(self.module, nn.Conv2d):
-            pairs = self._patches(dense, small, seed)
+            pairs = self._patches(self.module, dense, small, seed)
         else:
             x = small.reshape(-1, 1, self.size)
             pairs = [self._drawn(x if dense is small else dense.reshape(-1, 1, self.size), x, seed)]
@@ -215,9 +220,10 @@ class _Sums:
             found = [own.mT @ own, own.sum(1), other.sum(1)]
             if self.crossed:
                 found.append(found[0] if t is x else other.mT @ own)
-            found = [each.double() for each in found]
-            had = self.sums[half]
-            self.sums[half] = [a + b for a, b in zip(had, found, strict=True)] if had else found
+            if not self.sums[half]:
+                self.sums[half] = [torch.zeros_like(each, dtype=torch.float64) for each in found]
+            for total, each in zip(self.sums[half], found, strict=True):
+                total.add_(each)
             self.counts[half] += len(x)
 
     def _limit(self) -> int:
@@ -226,35 +232,30 @@ class _Sums:
         return max(1, min(POSITIONS * self.size, affordable) // self.batches)
 
     def _drawn(self, t: Tensor, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        if len(x) <= self._limit():
+        index = self._draw(torch.arange(len(x), device=x.device), seed)
+        if len(index) == len(x):
             return t, x
-        index = torch.randint(len(x), (self._limit(),), generator=torch.Generator().manual_seed(seed)).to(x.device)
         drawn = x[index]
         return drawn if t is x else t[index], drawn
 
-    def _patches(self, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """Patches of both inputs, piece by piece along the batch, an axis that they may lack."""
-        if x.dim() == 3:
-            t, x = (x[None], x[None]) if t is x else (t[None], x[None])
-        whole = x.shape[0] * max(1, x[0].numel() * self.size // max(1, x.shape[1]))
-        pieces = max(1, -(-whole // CHUNK))
-        step = max(1, x.shape[0] // pieces)
-        share = max(1, self._limit() * step // x.shape[0])
-        for n, start in enumerate(range(0, x.shape[0], step)):
-            patches = [self._unfold(each[start : start + step]) for each in ((x,) if t is x else (t, x))]
-            if len(patches[0]) > share:
-                generator = torch.Generator().manual_seed(seed * 100_003 + n)
-                index = torch.randint(len(patches[0]), (share,), generator=generator).to(x.device)
-                patches = [each[index] for each in patches]
-            yield patches[0], patches[-1]
+    def _draw(self, places: Tensor, seed: int) -> Tensor:
+        """Some of the places of a batch at random, or all where they are few."""
+        if len(places) <= self._limit():
+            return places
+        index = torch.randint(len(places), (self._limit(),), generator=torch.Generator().manual_seed(seed))
+        return places[index.to(places.device)]
 
-    def _unfold(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) -> (patches, groups, size)
-        module = self.module
-        assert isinstance(module, nn.Conv2d)
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = F.pad(x.float(), module._reversed_padding_repeated_twice, mode=mode)
-        columns = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
-        return columns.transpose(1, 2).reshape(-1, self.groups, self.size)
+    def _patches(self, layer: nn.Conv2d, t: Tensor, x: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Patches (vectors, groups, size) of both inputs, piece by piece; they may lack the axis of the batch."""
+        padded = [_padded(layer, each) for each in ((x,) if t is x else (t, x))]
+        rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in padded]  # (places, channels)
+        corners, taps = _windows(layer, padded[0].shape)
+        corners, taps = (each.to(x.device) for each in (corners, taps))
+        for corner in self._draw(corners, seed).split(max(1, CHUNK // (self.groups * self.size))):
+            at = (corner[:, None] + taps).flatten()
+            found = [each.index_select(0, at).unflatten(0, (-1, len(taps))).transpose(1, 2) for each in rows]
+            patches = [each.reshape(-1, self.groups, self.size) for each in found]
+            yield patches[0], patches[-1]
 
     def moments(self) -> Moments:
         apart = [(count, sums) for count, sums in zip(self.counts, self.sums, strict=True) if count]
@@ -263,6 +264,27 @@ class _Sums:
             return halves[0]
         whole = _mean_of(sum(self.counts), [a + b for a, b in zip(*self.sums, strict=True)])
         return replace(whole, halves=tuple(halves))
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:  # (batch, channels, height, width), or without the batch
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = x.float() if x.dim() == 4 else x[None].float()
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def _windows(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, Tensor]:  # (patches), (taps)
+    """Where the patches of padded inputs begin among the places (example, row, column), and how far off each tap lies.
+
+    >>> [each.tolist() for each in _windows(nn.Conv2d(1, 1, 2, stride=2), (1, 1, 4, 4))]
+    [[0, 2, 8, 10], [0, 1, 4, 5]]
+    """
+    batch, _, *sides = shape
+    axes = zip(sides, layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    downs, rights = (torch.arange(0, side - (k - 1) * apart, step) for side, k, apart, step in axes)
+    down, right = (torch.arange(k) * apart for k, apart in zip(layer.kernel_size, layer.dilation, strict=True))
+    example = torch.arange(batch) * sides[0] * sides[1]
+    corners = example[:, None, None] + downs[:, None] * sides[1] + rights
+    return corners.flatten(), (down[:, None] * sides[1] + right).flatten()
 
 
 def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:

@@ -22,7 +22,7 @@ from .structure import Structure, expand
 from .surgery import Inputs, find_weight, read_weight, write_weight
 
 PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
-FEWEST = 4  # passes in any case
+FEWEST = 3  # passes in any case
 EFFORT = 3e11  # multiply-adds of the fit of one layer, at most
 TOTAL = 1.5e12  # multiply-adds of the fits of all layers
 BACKWARD_PASSES = 1e12  # multiply-adds spent on the output moments, which need no more examples than that allows
