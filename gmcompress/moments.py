@@ -6,7 +6,7 @@ never called (its weight is read by other code) has no moments, and is fitted wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -245,7 +245,7 @@ class _Sums:
         index = torch.randint(len(places), (self._limit(),), generator=torch.Generator().manual_seed(seed))
         return places[index.to(places.device)]
 
-    def _patches(self, layer: nn.Conv2d, t: Tensor, x: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _patches(self, layer: nn.Conv2d, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
         """Patches (vectors, groups, size) of both inputs, piece by piece; they may lack the axis of the batch."""
         padded = [_padded(layer, each) for each in ((x,) if t is x else (t, x))]
         rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in padded]  # (places, channels)
