@@ -32,7 +32,6 @@ EFFORT = {True: 1e11, False: 2e10}  # multiply-adds for a layer's table, with da
 ANCHORS = (0.25, 0.6)  # where they would take more, adapted bases are fitted at these two sizes only
 ANCHOR_EFFORT = {True: 1.5e10, False: 1.5e9}  # multiply-adds of each of the two fits
 TINY = 1e-30  # stands for a loss of zero in logarithms
-HOPELESS = 3.0  # times the loss of a low rank: a Frobenius loss that data is not expected to make good
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 
 
@@ -51,13 +50,25 @@ class Subject:
         return tuple(self.weight.shape)
 
     @cached_property
+    def weighed(self) -> Tensor:  # (rows, m)
+        """G W S."""
+        return self.metric.apply(self.weight.flatten(1))
+
+    @cached_property
     def whole(self) -> float:
         """tr(G W S Wᵀ), or 1 where that is nothing."""
-        return self.metric.loss(self.weight) or 1.0
+        return float((self.weight.flatten(1) * self.weighed).sum()) or 1.0
 
     def relative_loss(self, approximation: Tensor) -> float:
         """tr(G E S Eᵀ)/tr(G W S Wᵀ)."""
         return self.metric.loss(approximation.to(self.weight) - self.weight) / self.whole
+
+    def least_loss(self, approximation: Tensor) -> float:
+        """A bound from below of `relative_loss` that takes no product: (1 − ⟨Ŵ, G W S⟩/tr(G W S Wᵀ))².
+
+        By the Cauchy–Schwarz inequality, ⟨Ŵ, G W S⟩² is at most tr(G Ŵ S Ŵᵀ) tr(G W S Wᵀ).
+        """
+        return (1 - float((approximation.to(self.weight).flatten(1) * self.weighed).sum()) / self.whole) ** 2
 
     def candidate(self, structure: Structure | None, loss: float) -> Candidate:
         """The candidate with its exact costs."""
@@ -165,10 +176,14 @@ def undominated(found: Sequence[Candidate]) -> list[Candidate]:
     """The candidates than which no other is at most as large in every cost and at most as lossy, by size."""
     kept: list[Candidate] = []
     for each in sorted(found, key=lambda c: (c.params, c.loss, c.macs or 0)):
-        better = (k.loss <= each.loss and (k.macs or 0) <= (each.macs or 0) for k in kept)
-        if not any(better):
+        if not any(beats(k, each) for k in kept):
             kept.append(each)
     return kept
+
+
+def beats(one: Candidate, other: Candidate) -> bool:
+    """Whether one candidate is at most as large as another in every cost and at most as lossy."""
+    return one.params <= other.params and one.loss <= other.loss and (one.macs or 0) <= (other.macs or 0)
 
 
 def _has_split(shape: Sequence[int]) -> bool:
@@ -317,15 +332,17 @@ def _grown(subject: Subject, structure: Structure, smaller: Tensors) -> Tensors:
 def _group_matrices(subject: Subject, group: Group, low_ranks: Sequence[Candidate]) -> Iterator[Candidate]:
     """The nearest group matrices of every quotient that fits, alone and with small displacement ranks.
 
-    Under a metric, in which losses take long to find, those without hope beside a low rank are left out.
+    Under a metric, in which losses take long to find, those are left out that cannot be better than a low rank.
     """
-    smallest = min((each.params for each in low_ranks), default=math.inf)
     for structure in _group_structures(subject.shape, group, subject.conv_groups):
-        fit, stored = project(subject.weight, structure), structure.parameters(subject.shape)
+        fit = project(subject.weight, structure)
         if subject.metric == Metric():
             yield subject.candidate(structure, fit.loss)
-        elif stored < smallest or fit.loss <= HOPELESS * _loss_at(low_ranks, stored):
-            yield subject.candidate(structure, _loss(subject, structure, dict(fit.tensors)))
+            continue
+        found = expand(fit.tensors, structure, subject.shape)
+        at_best = subject.candidate(structure, subject.least_loss(found))
+        if not any(beats(each, at_best) for each in low_ranks):
+            yield subject.candidate(structure, subject.relative_loss(found))
 
 
 def _group_structures(shape: Sequence[int], group: Group, conv_groups: int) -> Iterator[Structure]:

@@ -185,6 +185,16 @@ def test_a_planted_group_matrix_picks_its_group(
     assert not any(each.startswith(("C", "D")) for each in names), "without a group there are no group matrices"
 
 
+def test_the_least_loss_is_below_the_loss(generator: Generator) -> None:
+    """With equality for multiples of the weight."""
+    for groups in (1, 2):
+        subject = subject_of((6, 5), groups, generator, data=True)
+        for _ in range(20):
+            found = subject.weight + randn((6, 5), generator)
+            assert 0 <= subject.least_loss(found) <= subject.relative_loss(found)
+        assert_close(subject.least_loss(0.3 * subject.weight), subject.relative_loss(0.3 * subject.weight))
+
+
 def test_group_matrices_without_hope_cost_no_loss_under_a_metric(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,11 +205,11 @@ def test_group_matrices_without_hope_cost_no_loss_under_a_metric(
     known = Metric.loss
     monkeypatch.setattr(Metric, "loss", lambda metric, error: measured.append(error) or known(metric, error))
     tables, calls = [], []
-    for limit in (3.0, float("inf")):
-        monkeypatch.setattr("gmcompress.candidates.HOPELESS", limit)
+    for _ in range(2):
         tables.append(candidates(Subject(near, subject.metric), group("C8")))
         calls.append(len(measured))
         measured.clear()
+        monkeypatch.setattr(Subject, "least_loss", lambda *_: 0.0)
     assert tables[0] == tables[1]
     assert calls[0] < calls[1]
 
