@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from .errors import GMError
-from .surgery import Inputs, describe
+from .nesting import describe
+from .surgery import Inputs
 
 SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
 MEMORY = 1 << 29  # bytes of calibration inputs held
@@ -18,6 +19,33 @@ MEMORY = 1 << 29  # bytes of calibration inputs held
 
 class Taken(list[Inputs]):
     """What was taken of a loader: a batch is all the arguments of a model, with no labels beside it."""
+
+
+class WholeList(list[Any]):
+    """Positional arguments that are not to be divided into examples."""
+
+
+class WholeMapping(dict[str, Any]):
+    """Arguments by name that are not to be divided into examples."""
+
+
+register_pytree_node(WholeList, lambda each: (list(each), None), lambda leaves, _: WholeList(leaves))
+register_pytree_node(
+    WholeMapping,
+    lambda each: (list(each.values()), list(each)),
+    lambda leaves, keys: WholeMapping(zip(keys or [], leaves, strict=True)),
+)
+
+
+def whole(inputs: Inputs) -> Inputs:
+    """A batch that stays as it is, since the model does not run on a part of it.
+
+    >>> is_divisible(whole(torch.ones(5, 3))), count_examples(whole({"x": torch.ones(5, 3)}))
+    (False, 5)
+    """
+    if isinstance(inputs, Mapping):
+        return WholeMapping(inputs)
+    return WholeList(inputs if isinstance(inputs, list | tuple) else [inputs])
 
 
 def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None) -> Taken:
@@ -102,11 +130,13 @@ def _whole(given: Any, *, is_argument: bool = False) -> list[Tensor]:
 def is_divisible(inputs: Inputs) -> bool:
     """Whether all tensors have an example at each place of their first axis; a graph or a scalar input has not.
 
-    Nor has a list of images, each of which is an example.
+    Nor has a list of images, each of which is an example, or what is marked as `whole`.
 
     >>> is_divisible({"nodes": torch.ones(5, 3), "edges": torch.ones(2, 9)}), is_divisible(torch.ones(5, 3))
     (False, True)
     """
+    if isinstance(inputs, WholeList | WholeMapping):
+        return False
     sizes = {each.shape[:1] for each in _tensors(inputs)}  # of a scalar none
     return len(sizes) == 1 and torch.Size() not in sizes and bool(_whole(inputs))
 

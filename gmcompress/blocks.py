@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
-from .nesting import own_copy
+from .nesting import describe, floating, own_copy
 from .notes import Notes
 from .sensitivity import sensitivities
-from .surgery import Inputs, call, describe, floating
+from .surgery import Inputs, ungraded
 from .tuning.losses import find_blocks
 
 SIZE = 32  # examples of one step, at most
@@ -291,8 +291,7 @@ def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any] | None
 
     handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with torch.no_grad():
-            call(model, piece)
+        ungraded(model, piece)
     except _LeftError:
         pass
     finally:
@@ -323,11 +322,11 @@ class _Walk:
 
             return hook
 
-        with ExitStack() as stack, torch.no_grad():
+        with ExitStack() as stack:
             for name in names:
                 module = self.models[0].get_submodule(name)
                 stack.callback(module.register_forward_hook(noting(name), with_kwargs=True).remove)
-            call(self.models[0], self.pieces[0])
+            ungraded(self.models[0], self.pieces[0])
         for (before, _, _, output), (name, args, kwargs, _) in pairwise(seen):
             if isinstance(output, Tensor) and len(args) == 1 and args[0] is output and not kwargs:
                 self.next[before] = name

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap is of no use outside
+from torch.utils._pytree import tree_leaves
 
 from .batches import split_batch
 from .errors import GMError
 from .moments import state_of
-from .surgery import Inputs, call, describe, floating, run
+from .nesting import describe, floating, laid_open
+from .surgery import Inputs, call, run, ungraded
 
 BACKWARD = 2_500_000  # numbers of input in one backward pass
+IMPOSSIBLE = -100.0  # the log-probability of a class that is ruled out
 
 
 def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
@@ -27,10 +30,16 @@ def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
 def first_output(found: Any) -> Tensor:
     """The first tensor of floating point in an output; one with axes, such as logits, before a loss beside it.
 
+    Complex numbers are pairs of real ones, where there are no others.
+
     Raises:
         GMError: there is none.
+
+    >>> first_output({"signal": torch.zeros(2, 3, dtype=torch.complex64)}).shape
+    torch.Size([2, 3, 2])
     """
-    tensors = floating(found)
+    leaves = (each for each in tree_leaves(laid_open(found)) if isinstance(each, Tensor))
+    tensors = floating(found) or [torch.view_as_real(each) for each in leaves if each.is_complex()]
     if not tensors:
         raise GMError(f"the model's output, {describe(found)}, holds no tensor of floating point to compare")
     return next((each for each in tensors if each.dim()), tensors[0])
@@ -41,7 +50,7 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: boo
 
     For logits of two classes or more the Kullback–Leibler divergence of the distributions over classes, in nats; for
     other outputs the squared error relative to the variance of the wanted ones. Where sizes differ, as the numbers of
-    boxes found may, it compares what both have.
+    boxes found may, it compares what both have. Entries that are infinite, as masked ones, or were NaN are left out.
     """
     total, count = 0.0, 0
     for old, new in zip(wanted, found, strict=True):
@@ -51,11 +60,13 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: boo
         if not old.numel():
             continue
         if logits and _classes_last(old).shape[-1] > 1:
-            old, new = _classes_last(old.double()), _classes_last(new.double())
-            each = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="sum")
-            total, count = total + float(each), count + len(old)
+            old, new = (_classes_last(each.double()).log_softmax(-1).clamp(min=IMPOSSIBLE) for each in (old, new))
+            each = F.kl_div(new, old, log_target=True, reduction="none").where(~old.isnan(), 0.0)
+            total, count = total + float(each.sum()), count + len(old)
         else:
-            old, new = (each.double().reshape(len(each) if each.dim() else 1, -1) for each in (old, new))
+            compared = old.isfinite() & ~new.isinf()
+            old, new = (each.double().where(compared, 0.0) for each in (old, new))
+            old, new = (each.reshape(len(each) if each.dim() else 1, -1) for each in (old, new))
             total, count = total + float((old - new).square().mean() / _spread(old)) * len(old), count + len(old)
     return total / max(count, 1)
 
@@ -168,13 +179,13 @@ def norms_after(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
         for name, module in model.named_modules():
             if isinstance(module, NORMS) and module.running_mean is not None:
                 stack.callback(module.register_forward_pre_hook(match(name)).remove)
-        call(model, inputs)
+        ungraded(model, inputs)
     calls = [name for names_of in made.values() for name in names_of]
     pairs = {origin[0]: norm for norm, origin in found.items() if len(origin) == 1 and origin[0]}
     return {name: norm for name, norm in pairs.items() if calls.count(name) == 1}

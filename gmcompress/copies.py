@@ -10,6 +10,7 @@ from functools import update_wrapper
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,10 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy in which every object in `memo`, by id, stands for what the memo holds."""
     kept = (each for module in model.modules() for each in tree_leaves(vars(module)) if isinstance(each, Tensor))
     # pruning keeps one, computed anew at every call, in place of a parameter; others keep what they last computed
-    known: dict[int, Any] = {id(each): each.detach().clone() for each in kept if each.grad_fn is not None} | memo
+    known: dict[int, Any] = {id(each): each.detach().clone() for each in kept if each.grad_fn is not None}
+    # some of which torch does not copy
+    sparse = (each for each in model.parameters() if each.layout is not torch.strided)
+    known |= {id(each): nn.Parameter(each.detach().clone(), each.requires_grad) for each in sparse} | memo
     try:
         try:
             found = copy.deepcopy(model, leaves := dict(known))
@@ -61,18 +65,27 @@ def _complete(model: nn.Module, found: nn.Module, memo: dict[int, Any]) -> None:
     for name, copied in found.named_modules():
         given = modules.get(name)
         if given is not None and type(copied) is type(given):
-            wanted = _slots(given)
-            for slot in wanted.keys() - _slots(copied).keys():
+            wanted = slots_of(given)
+            for slot in wanted.keys() - slots_of(copied).keys():
                 object.__setattr__(copied, slot, copy.deepcopy(wanted[slot], memo))
 
 
-def _slots(module: nn.Module) -> dict[str, Any]:
-    """What the slots of a module hold, as far as they hold something."""
-    declared = (vars(cls).get("__slots__", ()) for cls in type(module).__mro__)
+def slots_of(holder: Any) -> dict[str, Any]:
+    """What the slots of an object hold, as far as they hold something.
+
+    >>> class Pair:
+    ...     __slots__ = ("x", "y")
+    >>> pair = Pair()
+    >>> pair.x = 1
+    >>> slots_of(pair)
+    {'x': 1}
+    """
+    declared = (vars(cls).get("__slots__", ()) for cls in type(holder).__mro__)
     found = {}
     for slot in (each for names in declared for each in ((names,) if isinstance(names, str) else names)):
-        with suppress(AttributeError):
-            found[slot] = getattr(module, slot)
+        if slot not in ("__dict__", "__weakref__"):
+            with suppress(AttributeError):
+                found[slot] = getattr(holder, slot)
     return found
 
 

@@ -11,18 +11,17 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .errors import GMError
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
 from .jobs import apart
 from .kinds import kind_of, layouts_of
+from .nesting import describe
 from .pipeline import check_outputs, compress, model_name
 from .planning import Plan, choose
-from .rehearsal import rehearsed_sites
-from .surgery import Inputs, Site, check_model, count_calls, describe, run, shell, site_name, trace
+from .rehearsal import rehearsed_sites, watch
+from .surgery import Inputs, Site, check_model, run, shell, site_name, trace
 from .tables import percent, table_text
 
 RANK = 0  # of the trial: group matrices alone, which every quotient but the trivial one makes smaller
@@ -206,7 +205,7 @@ def examine(model: nn.Module, inputs: Inputs | None = None, group: str | Group =
         model=model_name(model),
         group=str(wanted),
         parameters=sum(each.numel() for each in model.parameters()),
-        findings=_findings(model, plan, wanted, None if given is None else _watch(model, given)),
+        findings=_findings(model, plan, wanted, None if given is None else watch(model, given)),
         traced=traced,
         inputs="" if given is None else describe(given),
         run_problem=failed,
@@ -239,33 +238,6 @@ def _trial(model: nn.Module, plan: Plan, inputs: Inputs | None, expected: Any) -
     except Exception as broken:  # whatever it is, finding it is what an examination is for
         problem = f"{type(broken).__name__}: {str(broken).strip().splitlines()[0] if str(broken).strip() else ''}"
     return None if small is None else sum(each.numel() for each in small.parameters()), problem
-
-
-class _Reads(TorchDispatchMode):
-    """Notes which tensors, by id, any operation takes; reading a shape or a dtype is none."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.update(self.names[id(each)] for each in tree_leaves((args, kwargs)) if id(each) in self.names)
-        return func(*args, **(kwargs or {}))
-
-
-def _watch(model: nn.Module, inputs: Inputs) -> tuple[Counter[str], set[str]] | None:
-    """How often each module runs, and which parameters are read; None where the model does not run when watched."""
-    calls: Counter[str] = Counter()
-    watched = shell(model)
-    count_calls(watched, calls)
-    reads = _Reads({id(each): name for name, each in watched.named_parameters()})
-    try:
-        with reads:
-            run(watched, inputs)
-    except GMError:  # it ran without, so some operation does not take part in a dispatch mode
-        return None
-    return calls, reads.seen
 
 
 def _findings(

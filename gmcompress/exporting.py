@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .attaching import densify, structured
 from .errors import GMError
 from .files import new_file, read_tensors, usable, write_tensors
+from .nesting import describe
 from .reporting import Result
-from .surgery import Inputs, call, check_model, describe, run, shell
+from .storage import difference
+from .surgery import Inputs, check_model, run, run_seeded, shell
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "dense": ".safetensors"}
 TOLERANCE = 1e-4
@@ -89,15 +91,15 @@ def export(
     example = _example(ready, inputs)
     with new_file(target) as beside, _quietly():
         example, again, notes = _WRITERS[format](ready, example, beside)
-        difference = _difference(ready, example, again)
-        if not difference <= tolerance:
+        worst = _worst(ready, example, again)
+        if not worst <= tolerance:
             raise GMError(
-                f"the exported model's outputs differ by {difference:.2g} of the largest one, more than the tolerance "
+                f"the exported model's outputs differ by {worst:.2g} of the largest one, more than the tolerance "
                 f"of {tolerance:g}; nothing was written to {target}"
             )
         size = sum(each.stat().st_size for each in beside.parent.iterdir())
     notes = (*notes, example.note) if example.note else notes
-    return Export(str(target), format, size, example.dynamic, example.batches, difference, tolerance, notes)
+    return Export(str(target), format, size, example.dynamic, example.batches, worst, tolerance, notes)
 
 
 def _target(path: Path, format: str) -> Path:
@@ -222,7 +224,7 @@ def _write_dense(model: nn.Module, example: _Example, file: Path) -> Written:
         for each in state.values():
             each.zero_()  # so that nothing but what is in the file can give the outputs
     plain.load_state_dict(read_tensors(file))
-    return example, lambda given: _tensors(run(plain, given)), ()
+    return example, lambda given: _tensors(run_seeded(plain, given)), ()
 
 
 def _write_torch(model: nn.Module, example: _Example, file: Path) -> Written:
@@ -235,7 +237,7 @@ def _write_torch(model: nn.Module, example: _Example, file: Path) -> Written:
         raise
     except Exception as problem:  # what has no serial form, such as custom operators
         raise GMError(f"torch.export cannot write this {type(model).__name__}: {_said(problem)}") from problem
-    return example, lambda given: _tensors(run(loaded, given)), notes
+    return example, lambda given: _tensors(run_seeded(loaded, given)), notes
 
 
 def _write_onnx(model: nn.Module, example: _Example, file: Path) -> Written:
@@ -326,13 +328,12 @@ def _tensors(output: Any) -> list[Tensor]:
     return [each for each in tree_leaves(output) if isinstance(each, Tensor)]
 
 
-def _difference(model: nn.Module, example: _Example, again: Again) -> float:
-    """The largest absolute difference of any output over the largest value of that output; NaN counts as infinite."""
+def _worst(model: nn.Module, example: _Example, again: Again) -> float:
+    """The largest difference of any output, as `difference`; where both draw random numbers, they draw the same."""
     worst = 0.0
     for seed, size in enumerate(example.batches):
         given = example.draw(size, seed=seed + 1)
-        with torch.no_grad():
-            wanted = _tensors(call(model, given))
+        wanted = _tensors(run_seeded(model, given))
         try:
             found = again(given)
         except Exception as problem:  # as many kinds as there are runtimes
@@ -340,10 +341,6 @@ def _difference(model: nn.Module, example: _Example, again: Again) -> float:
         if describe(found) != describe(wanted):
             raise GMError(f"the exported model returns {describe(found)} where the model returns {describe(wanted)}")
         for new, old in zip(found, wanted, strict=True):
-            if not old.numel():
-                continue
-            exact = old.double()
-            scale = max(float(exact.abs().max()), torch.finfo(torch.float64).tiny)
-            gap = float((new.double() - exact).abs().max()) / scale
+            gap, _ = difference(new, old)
             worst = max(worst, gap if gap == gap else float("inf"))
     return worst

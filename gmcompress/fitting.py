@@ -28,6 +28,8 @@ MEMORY_NUMBERS = 50_000_000
 REFRESH = 20  # steps after which the preconditioner is computed anew, and convergence is judged
 DAMPING = 0.1  # of the diagonal of the preconditioner's blocks, added to it
 SUFFICIENT = 1e-4  # of the decrease that the slope promises: what a step must bring (Armijo)
+USUAL = 2.0**20  # the largest entry of a weight or moment, and its inverse, beyond which products leave float32
+LINEAR = ("kernel", "filters", "left")  # the stored tensors that scale with the weight
 RETRIES = 12  # shorter steps tried before the direction is given up
 
 
@@ -322,7 +324,10 @@ def refine(
     Source: Liu and Nocedal 1989 for L-BFGS; Byrd, Nocedal and Schnabel 1994 for its matrices; Nocedal and Wright,
     Numerical Optimization, 2006, algorithm 3.1.
     """
-    problem = _Problem(weight, structure, metric or Metric())
+    size, metric = _size(weight), metric or Metric()
+    weight, tensors = weight / size, {k: v / size if k in LINEAR else v for k, v in tensors.items()}
+    moments = (None if each is None else each / _size(each) for each in (metric.inputs, metric.outputs))
+    problem = _Problem(weight, structure, Metric(*moments))
     start = problem.balance(problem.load(tensors))
     flat = _Flat(problem, start)
     x = flat.join(start)
@@ -351,7 +356,14 @@ def refine(
             memory.forget()
         else:
             break
-    return problem.store(flat.apart(x))
+    return {k: v * size if k in LINEAR else v for k, v in problem.store(flat.apart(x)).items()}
+
+
+def _size(tensor: Tensor) -> float:
+    """What to divide it by so that its squares are far from the ends of its dtype: 1 for most, a power of two else."""
+    largest = float(tensor.abs().max())
+    usual = largest == 0 or 1 / USUAL < largest < USUAL or not math.isfinite(largest)
+    return 1.0 if usual else 2.0 ** math.frexp(largest)[1]
 
 
 def _search(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Table, check_budgets, tabulate
-from .batches import first_of, take
+from .batches import count_examples, first_of, is_divisible, take, whole
 from .blocks import Refit, refit_blocks
 from .budgets import Budget
 from .copies import duplicate, evaluating
@@ -23,13 +23,14 @@ from .files import json_digest
 from .groups import Group
 from .groups import group as parse_group
 from .metrics import count_macs, layer_positions, stored_bytes
+from .nesting import describe
 from .notes import Notes, data_digest, model_digest
 from .planning import Plan, eligible
 from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
 from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
-from .surgery import TIED_HEAD, Inputs, describe, find_weight, read_weight, run, run_seeded, shell, trace
+from .surgery import TIED_HEAD, Inputs, find_weight, read_weight, run, run_seeded, shell, trace
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
@@ -70,9 +71,10 @@ class Job:
             raise GMError(f"effort is a positive multiple of the usual one, not {effort!r}")
         device = next((each.device for each in model.parameters()), None)
         batches = [] if data is None else take(data, samples=samples, device=device)
+        kept = undivided(model, batches)
         if inputs is None and batches:
-            inputs = first_of(batches[0], EXAMPLES)
-        return cls(model if inplace else apart(model, inputs), group, batches, inputs, float(effort), progress)
+            inputs = first_of(batches[0], EXAMPLES) if is_divisible(kept[0]) else batches[0]
+        return cls(model if inplace else apart(model, inputs), group, kept, inputs, float(effort), progress)
 
     def calibration(self, dense: nn.Module, names: Sequence[str]) -> Calibration | None:
         """What the data says about the dense model, once for all layers asked for together; None without data."""
@@ -84,7 +86,7 @@ class Job:
         examples = [first_of(each, 1) for each in self.batches]
         for each in {describe(each): each for each in examples}.values():
             run(dense, each)  # says what does not fit before any work is done
-        macs = count_macs(dense, examples[0])[0]
+        macs = _macs_of_one(dense, examples[0])
         found = calibrate(dense, self.batches, names, logits=self.logits(dense), macs=macs, effort=self.effort)
         self.known.append((frozenset(names), found))
         return found
@@ -157,7 +159,7 @@ class Job:
         if not self.batches:
             return []
         dense = shell(dense)  # in evaluation mode
-        macs = count_macs(dense, first_of(self.batches[0], 1))[0]
+        macs = _macs_of_one(dense, first_of(self.batches[0], 1))
         kind = "block-" + plan_digest({name: Structure.parse(text) for name, text in plan.layers.items()}, self.effort)
         options: dict[str, Any] = {
             "macs": macs,
@@ -194,6 +196,32 @@ def _naming(layer: str) -> Iterator[None]:
         raise GMError(f"layer {layer or '(the model itself)'!r}: {problem}") from None
 
 
+def undivided(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
+    """The batches, marked as whole where the model runs on all of one but not on an example by itself.
+
+    So it is where the first axis holds frames, or places of a sequence, or where the model fixes its size.
+    """
+    first = {describe(one): (one, each) for each in batches if is_divisible(each) for one in [first_of(each, 1)]}
+    if not first:
+        return list(batches)
+    copied = private(model)  # whose parameters a run may change
+    bound = {key for key, (one, each) in first.items() if not _runs(copied, one) and _runs(copied, each)}
+    return [whole(each) if describe(first_of(each, 1)) in bound else each for each in batches]
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        run_seeded(model, inputs)
+    except GMError:
+        return False
+    return True
+
+
+def _macs_of_one(model: nn.Module, inputs: Inputs) -> int:
+    """The multiply-adds of one of these examples."""
+    return count_macs(model, inputs)[0] // max(1, count_examples(inputs))
+
+
 def apart(model: nn.Module, inputs: Inputs | None) -> nn.Module:
     """The model, or a copy of it where a run writes into its parameters, so that they stay as they are.
 
@@ -205,7 +233,8 @@ def apart(model: nn.Module, inputs: Inputs | None) -> nn.Module:
     copied = private(model)
     run_seeded(copied, inputs)
     pairs = zip(model.parameters(), copied.parameters(), strict=True)
-    return model if all(torch.equal(old, new) for old, new in pairs) else duplicate(model, {})
+    same = (torch.equal(old, new) for old, new in pairs if old.layout is torch.strided)
+    return model if all(same) else duplicate(model, {})
 
 
 def private(model: nn.Module) -> nn.Module:

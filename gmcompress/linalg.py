@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import GMError
+
 ALL = 128  # rows below which all eigenvectors are as quick as some
+LARGEST = 1e6  # ridge, by which every positive semidefinite matrix can be factored
 DOUBLE = (torch.float32, torch.float64)  # what LAPACK computes in
 
 
@@ -139,9 +142,14 @@ def ridged(matrices: Tensor, ridge: float) -> Tensor:  # (*b, n, n)
 
 
 def cholesky(matrices: Tensor, ridge: float = 1e-12) -> Tensor:  # (*b, n, n), lower
-    """Cholesky factors of positive semidefinite matrices, with the least ridge that lets them exist."""
-    while True:
+    """Cholesky factors of positive semidefinite matrices, with the least ridge that lets them exist.
+
+    Raises:
+        GMError: the matrices hold NaN or infinity, or are far from positive semidefinite.
+    """
+    while ridge < LARGEST:
         factors, failed = torch.linalg.cholesky_ex(ridged(matrices, ridge))
         if not bool(failed.any()):
             return factors
         ridge *= 100
+    raise GMError("numbers here grew or shrank beyond what can be computed with; scale the weights")

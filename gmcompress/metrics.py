@@ -22,9 +22,10 @@ from .homogeneous import HomogeneousConv
 from .kinds import kind_of
 from .lattice import LatticeConv
 from .layers import GMConv2d, GMLayer, GMWeight
+from .nesting import describe
 from .products import multiply_adds
 from .structure import Structure, displacement_rank, distance, generator_displacement_rank
-from .surgery import Inputs, check_model, describe, find_weight, run, shell
+from .surgery import Inputs, check_model, find_weight, run, shell
 from .tables import table_text
 
 

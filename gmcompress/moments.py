@@ -24,6 +24,7 @@ WORK = 5e10  # multiply-adds of the sums of one layer, beyond which they are dra
 FEWEST = 3  # vectors per dimension
 CHUNK = 1 << 24  # numbers of one unfolded piece of a convolution's input
 DAMPING = 1e-3  # of the mean of a moment's diagonal, added to the diagonal
+ROUNDING = 1e-6  # of a mean square, what may be left of it by rounding
 TRUST = (0.0, 0.03, 0.3, 3.0)  # ridges under which targets are tried on examples held out, shares of the diagonal
 
 
@@ -45,9 +46,15 @@ class Moments:
     halves: tuple[Moments, ...] = ()
 
     def centred(self) -> Moments:
-        """The same with the means taken away: what counts where a bias or BatchNorm absorbs the mean."""
+        """The same with the means taken away: what counts where a bias or BatchNorm absorbs the mean.
+
+        Nothing is left of inputs that are always the same, not even the rounding of their sums.
+        """
         inputs = self.inputs - self.mean[:, :, None] * self.mean[:, None]
         cross = self.cross - self.dense_mean[:, :, None] * self.mean[:, None]
+        left, whole = (each.diagonal(dim1=1, dim2=2).mean() for each in (inputs, self.inputs))
+        if left <= ROUNDING * whole:
+            inputs, cross = torch.zeros_like(inputs), torch.zeros_like(cross)
         halves = tuple(each.centred() for each in self.halves)
         return Moments(self.count, inputs, cross, self.mean, self.dense_mean, halves)
 

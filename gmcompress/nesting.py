@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from io import IOBase
+from itertools import islice
 from types import ModuleType
 from typing import Any
 from urllib.parse import quote, unquote
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .copies import slots_of
 from .errors import GMError, shown
 from .files import is_storable
 
 ROOT = "input"
 STEP = re.compile(r"([.,:])([^.,:]*)")  # a place in a list, in a tuple, a key of a mapping
+LONGEST = 1000  # of what an iterator may give without end
 SETTINGS = (bool, int, float, str, type(None))
 
 
@@ -32,14 +37,56 @@ def laid_open(outputs: Any, *, depth: int = 4) -> Any:
     def opened(each: Any) -> Any:
         if not depth or _is_closed(each):
             return each
-        return {k: laid_open(v, depth=depth - 1) for k, v in vars(each).items()}
+        return {k: laid_open(v, depth=depth - 1) for k, v in _held(each).items()}
 
     return tree_map(opened, outputs)
 
 
 def _is_closed(each: Any) -> bool:
-    """Whether it is something else than an object that holds values, such as a dataclass."""
-    return isinstance(each, Tensor | nn.Module | ModuleType) or callable(each) or not hasattr(each, "__dict__")
+    """Whether it is something else than an object that holds values, such as a dataclass, in slots or not."""
+    if isinstance(each, Tensor | nn.Module | ModuleType) or callable(each):
+        return True
+    return not hasattr(each, "__dict__") and not slots_of(each)
+
+
+def _held(each: Any) -> dict[str, Any]:
+    return slots_of(each) | getattr(each, "__dict__", {})
+
+
+def describe(inputs: Any) -> str:
+    """The shapes of example inputs, for messages and reports.
+
+    >>> describe({"x": torch.zeros(1, 3)})
+    '{x: (1, 3)}'
+    """
+    if isinstance(inputs, Tensor):
+        return str(tuple(inputs.shape))
+    if isinstance(inputs, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in inputs.items()) + "}"
+    if isinstance(inputs, list | tuple):
+        return "[" + ", ".join(map(describe, inputs)) + "]"
+    return type(inputs).__name__
+
+
+def floating(outputs: Any) -> list[Tensor]:
+    """The tensors of floating point in what a module returns, but for sparse and nested ones."""
+    found = (each for each in tree_leaves(laid_open(outputs)) if isinstance(each, Tensor) and each.is_floating_point())
+    return [each for each in found if each.layout is torch.strided and not each.is_nested]
+
+
+def drawn(outputs: Any) -> Any:
+    """Nested outputs with what every iterator in them gives, up to LONGEST, as a list: a model may still run in it.
+
+    >>> drawn({"tokens": (each for each in "ab")})
+    {'tokens': ['a', 'b']}
+    """
+    if not any(map(_is_iterator, tree_leaves(outputs))):
+        return outputs
+    return tree_map(lambda each: drawn(list(islice(each, LONGEST))) if _is_iterator(each) else each, outputs)
+
+
+def _is_iterator(each: Any) -> bool:
+    return isinstance(each, Iterator) and not isinstance(each, nn.Module | IOBase)
 
 
 def own_copy(given: Any) -> Any:

@@ -22,14 +22,14 @@ from .groups import Group
 from .jobs import Job, private
 from .layers import GMLayer, GMWeight
 from .metrics import measure_together
-from .nesting import laid_open
+from .nesting import describe, laid_open
 from .planning import Override, Plan, Rule, Rules, choose
 from .projection import Fit, fitted_distance, relative_error, svd_error
 from .reconstruction import Reconstruction
 from .rehearsal import rehearsed_sites
 from .reporting import Report, Result
 from .structure import distance, expand
-from .surgery import Inputs, check_model, conv_groups_of, describe, find_weight, read_weight, run, shell
+from .surgery import Inputs, check_model, conv_groups_of, find_weight, read_weight, run, shell
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of

@@ -3,12 +3,13 @@
 A model may ask for the very type of a layer, unpack its parameters, write into them or keep them elsewhere. So before
 anything is planned the weights are changed, once where they are, and once as structured weights of the trivial group
 with a residual, which hold any matrix. Where the second model does not run, or computes something else, a layer has to
-stay dense.
+stay dense; so has one whose module runs without reading the weight.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,19 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .attaching import empty, exchange
 from .copies import duplicate, evaluating, state_of
 from .errors import GMError, said
 from .layers import GMLayer, GMWeight
-from .nesting import laid_open
-from .surgery import Inputs, Site, describe, find_weight, read_weight, run_seeded, trace, write_weight
+from .nesting import describe, laid_open
+from .surgery import Inputs, Site, count_calls, find_weight, read_weight, run, run_seeded, shell, trace, write_weight
 
 ANY = "C1+lowrank:1"  # what all matrices are; who computes with the stored tensors instead finds other products
 RUNS = 60  # of a model that refuses some weights, at most; those that are not sorted by then stay dense
 REFUSED = "the model's code does not take a computed weight here: "
 ELSEWHERE = "with a computed weight here the model's outputs change, so its code gets at the weight on a way of its own"
+UNREAD = "its module runs without reading it, so its code keeps what it once made of it"
 
 
 def rehearsed_sites(model: nn.Module, inputs: Inputs | None) -> tuple[Site, ...]:
@@ -51,12 +54,68 @@ def rehearsed_sites(model: nn.Module, inputs: Inputs | None) -> tuple[Site, ...]
     [('free', ''), ('picky', "the model's code does not take a computed weight here: AssertionError")]
     """
     sites = trace(model, inputs)
-    names = [site.name for site in sites if not site.obstacle]
-    if inputs is None or not names:
+    free = [site for site in sites if not site.obstacle]
+    if inputs is None or not free:
         return sites
-    rehearsal = _Rehearsal.of(model, inputs, names)
-    rehearsal.take(names)
-    return tuple(changed(site, obstacle=rehearsal.refused.get(site.name, site.obstacle)) for site in sites)
+    refused = dict.fromkeys(_unread(model, inputs, free), UNREAD)
+    if names := [site.name for site in free if site.name not in refused]:
+        rehearsal = _Rehearsal.of(model, inputs, names)
+        rehearsal.take(names)
+        refused |= rehearsal.refused
+    return tuple(changed(site, obstacle=refused.get(site.name, site.obstacle)) for site in sites)
+
+
+class _Reads(TorchDispatchMode):
+    """Notes which tensors, by the memory of their values, any operation takes; reading a shape or a dtype is none."""
+
+    def __init__(self, names: Mapping[int, list[str]]) -> None:
+        super().__init__()
+        self.names = names
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, Tensor):
+                self.seen.update(self.names.get(_memory(each), ()))
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells the memory of a tensor's values from that of others, a view's being that of the whole."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except Exception:  # of sparse and other tensors without
+        return id(tensor)
+
+
+def watch(model: nn.Module, inputs: Inputs) -> tuple[Counter[str], set[str]] | None:
+    """How often each module runs, and which parameters are read; None where the model does not run when watched.
+
+    Raises:
+        GMError: the model cannot be copied.
+    """
+    calls: Counter[str] = Counter()
+    watched = shell(model)
+    count_calls(watched, calls)
+    names: dict[int, list[str]] = {}
+    for name, each in watched.named_parameters():
+        names.setdefault(_memory(each), []).append(name)
+    reads = _Reads(names)
+    try:
+        with reads:
+            run(watched, inputs)
+    except GMError:  # it ran without, so some operation does not take part in a dispatch mode
+        return None
+    return calls, reads.seen
+
+
+def _unread(model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> set[str]:
+    """The sites whose modules run without reading the weight, as those do that keep what they made of it once."""
+    watched = watch(model, inputs)
+    if watched is None:
+        return set()
+    read = {id(each) for name, each in model.named_parameters() if name in watched[1]}
+    return {site.name for site in sites if site.calls and id(_parameter(model, site.name)) not in read}
 
 
 @dataclass

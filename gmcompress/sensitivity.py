@@ -12,7 +12,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calibration import backpropagate
-from .surgery import Inputs, floating
+from .nesting import floating
+from .surgery import Inputs
 
 DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
 

@@ -322,7 +322,7 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
     for new, old in zip(found, wanted, strict=True):
         if new.is_complex() != old.is_complex():
             raise GMError(f"{place}: the loaded model's outputs are of {new.dtype}, the saved one's of {old.dtype}")
-        worst, limit = _difference(new.detach().cpu(), old)
+        worst, limit = difference(new.detach().cpu(), old)
         if not worst <= limit:
             raise GMError(
                 f"{place}: on the stored inputs the loaded model's outputs differ by {worst:.2g} of their size "
@@ -330,7 +330,7 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
             )
 
 
-def _difference(new: Tensor, old: Tensor) -> tuple[float, float]:
+def difference(new: Tensor, old: Tensor) -> tuple[float, float]:
     """By how much of its size a tensor differs, where not both are infinite or NaN alike, and what its dtype allows."""
     exact = not (old.is_floating_point() or old.is_complex())
     wide = torch.complex128 if old.is_complex() else torch.float64

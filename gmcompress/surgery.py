@@ -8,20 +8,22 @@ the parameter otherwise: "head", "attention.in_proj_weight".
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
 from .copies import duplicate, evaluating
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
-from .nesting import laid_open, own_copy
+from .nesting import describe, drawn, own_copy
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -130,29 +132,20 @@ def shell(model: nn.Module) -> nn.Module:
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """One forward pass on a copy of the inputs: a tensor is the argument, a sequence or mapping holds all of them."""
     if isinstance(inputs, Mapping):
-        return model(**own_copy(dict(inputs)))
-    return model(*own_copy(list(inputs))) if isinstance(inputs, list | tuple) else model(own_copy(inputs))
+        return drawn(model(**own_copy(dict(inputs))))
+    return drawn(model(*own_copy(list(inputs) if isinstance(inputs, list | tuple) else [inputs])))
 
 
-def describe(inputs: Any) -> str:
-    """The shapes of example inputs, for messages and reports.
-
-    >>> describe({"x": torch.zeros(1, 3)})
-    '{x: (1, 3)}'
-    """
-    if isinstance(inputs, Tensor):
-        return str(tuple(inputs.shape))
-    if isinstance(inputs, Mapping):
-        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in inputs.items()) + "}"
-    if isinstance(inputs, list | tuple):
-        return "[" + ", ".join(map(describe, inputs)) + "]"
-    return type(inputs).__name__
-
-
-def floating(outputs: Any) -> list[Tensor]:
-    """The tensors of floating point in what a module returns, but for sparse and nested ones."""
-    found = (each for each in tree_leaves(laid_open(outputs)) if isinstance(each, Tensor) and each.is_floating_point())
-    return [each for each in found if each.layout is torch.strided and not each.is_nested]
+def ungraded(model: nn.Module, inputs: Inputs) -> Any:
+    """One forward pass without gradients, but for those that the model's own code takes, as of an energy."""
+    try:
+        with torch.no_grad():
+            return call(model, inputs)
+    except RuntimeError as problem:
+        if "does not require grad" not in str(problem):
+            raise
+    with torch.enable_grad():
+        return tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, call(model, inputs))
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
@@ -162,8 +155,8 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         GMError: the model does not accept the inputs.
     """
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # each copy would be compiled anew
-            return call(model, inputs)
+        with torch.compiler.set_stance("force_eager"):  # each copy would be compiled anew
+            return ungraded(model, inputs)
     except Exception as problem:
         what = f"{type(model).__name__} does not run on inputs of shape {describe(inputs)}"
         raise GMError(f"{what}: {said(problem)}") from problem
@@ -172,9 +165,15 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
     """One run in which random numbers are the same each time, and which leaves the caller's stream of them alone."""
     devices = {each.device for each in model.parameters() if each.is_cuda}
+    plain, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(0)
-        return run(model, inputs)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(0)
+        try:
+            return run(model, inputs)
+        finally:
+            random.setstate(plain)
+            np.random.set_state(numpy)
 
 
 def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
@@ -393,6 +392,8 @@ def _obstacle(holder: Holder) -> str:
         return "its forward has been replaced on the instance"
     if parameter.dtype not in FLOATS:
         return f"its {key} is of type {parameter.dtype}"
+    if parameter.layout is not torch.strided:
+        return f"its {key} is a sparse tensor"
     if type(parameter.data) is not Tensor:
         return f"its {key} is a {type(parameter.data).__name__}, which only its own code can read"
     if getattr(module, "sparse", False) is True:

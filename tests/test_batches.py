@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+import gmcompress as gm
 from gmcompress import batches
 from gmcompress.batches import count_examples, first_of, is_divisible, split_batch, take
 from gmcompress.errors import GMError
+from gmcompress.jobs import undivided
 
 
 def batches_of(*sizes: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,3 +101,37 @@ def test_a_list_of_images_is_not_divided(generator: Generator) -> None:
     for other in ([(images, labels[:1])], [(images, [1, 2])], [([], [])]):
         with pytest.raises(GMError, match="but the data gave"):
             take(other)
+
+
+class Frames(nn.Module):
+    """Takes four frames of each example along the first axis, and a mask of a row for each of eight places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        apart = torch.tanh(self.body(mask @ x)).unflatten(0, (-1, 4))
+        return self.head(torch.tanh(self.more(apart.roll(1, 1).flatten(0, 1)))).unflatten(0, (-1, 4)).mean(1)
+
+
+def test_what_runs_on_whole_batches_alone_is_given_whole_ones(generator: Generator) -> None:
+    torch.manual_seed(0)
+    model = Frames().eval()
+    mask = torch.eye(8)
+    data = [{"x": torch.randn(8, 8, generator=generator), "mask": mask} for _ in range(10)]
+    kept = undivided(model, data)
+    assert [is_divisible(each) for each in kept] == [False] * 10
+    assert all(torch.equal(new["x"], old["x"]) for new, old in zip(kept, data, strict=True))
+    assert [count_examples(each) for each in kept] == [8] * 10
+    assert split_batch(kept[0], 1)[0] is kept[0]
+
+    result = gm.compress(model, "C4", budget="75%", data=data, effort=0.1)
+    assert {each["block"] for each in result.report.blocks} <= {"", "body", "more", "head"}
+    assert result.model(**data[0]).shape == (2, 3)
+    assert result.report.after.inputs == "{x: (8, 8), mask: (8, 8)}"
+
+    free = nn.Linear(8, 8)
+    assert undivided(free, [torch.ones(4, 8)])[0].shape == (4, 8)
+    with pytest.raises(GMError, match=r"does not run on inputs of shape \(4, 7\)"):
+        gm.compress(nn.Sequential(free, nn.Linear(8, 8)), "C4", budget="75%", data=[torch.ones(4, 7)])

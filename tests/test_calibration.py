@@ -325,6 +325,30 @@ def test_the_divergence_of_other_outputs(generator: Generator) -> None:
         outputs(nn.Flatten(), [torch.zeros(2, 2, dtype=torch.int64)])
 
 
+@pytest.mark.parametrize("logits", [True, False])
+def test_the_divergence_leaves_out_masked_entries(logits: bool, generator: Generator) -> None:
+    old, new = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    masked_old, masked_new = (torch.cat([each, torch.full((6, 1), -math.inf)], 1) for each in (old, new))
+    expected = divergence([old], [new], logits=logits)
+    found = divergence([masked_old], [masked_new], logits=logits)
+    assert found > 0
+    if logits:
+        assert_close(found, expected)
+    assert math.isfinite(divergence([masked_old], [masked_new.flip(1)], logits=logits))  # where others are masked
+    assert math.isnan(divergence([old], [new * math.nan], logits=logits))  # which no fit may be taken for
+
+
+def test_a_model_that_masks_its_outputs_is_compressed_with_data(generator: Generator) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4)).eval()
+    model.register_forward_hook(lambda _module, _, found: found.masked_fill(found == found.amin(1, True), -math.inf))
+    x = torch.randn(8, 8, generator=generator)
+    result = gm.compress(model, "C4", data=[x], budget="75%", effort=0.1)
+    assert result.plan.layers
+    assert result.plan.optimum is not None
+    assert math.isfinite(result.plan.optimum["loss"])
+
+
 # -------------------------------------------------------------------------------------------------------- the gradients
 
 
@@ -400,3 +424,22 @@ def test_the_norm_behind_a_layer(inplace: bool) -> None:
     twice = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     assert norms_after(nn.Sequential(twice, twice).eval(), torch.randn(2, 4), ["0.0"]) == {}
     assert norms_after(twice.eval(), torch.randn(2, 4), ["0"]) == {"0": "1"}
+
+
+def test_inputs_that_are_always_the_same_leave_a_metric(generator: Generator) -> None:
+    """As a layer has them that reads what is pooled over all of an image, where all images are alike."""
+    for size in (1.0, 1e3):
+        rows = size * torch.randn(1, 8, generator=generator, dtype=torch.float64).expand(50, 8)
+        rounding = -1e-8 * size**2 * torch.eye(8, dtype=torch.float64)
+        mean = rows.mean(0)[None]
+        found = Moments(50, (rows.mT @ rows / 50 + rounding)[None], (rows.mT @ rows / 50)[None], mean, mean)
+        assert float(torch.linalg.eigvalsh(found.centred().gram()).min()) > 0
+        near = Moments(50, found.inputs + 0.01 * size**2 * torch.eye(8), found.cross, mean, mean)
+        assert float(near.centred().inputs.diagonal(dim1=1, dim2=2).mean()) > 0.009 * size**2  # the control
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+    x = 100 * torch.randn(1, 8, generator=generator)
+    result = gm.compress(model, "C4", budget="75%", data=[x.expand(6, 8).clone()] * 4, effort=0.1)
+    assert result.plan.layers
+    assert torch.isfinite(result.model(x)).all()

@@ -211,6 +211,28 @@ def test_a_file_that_computes_something_else_does_not_stay(name, file, amount, t
         assert (tmp_path / file).read_bytes() != b"older"
 
 
+class Uncertain(nn.Module):
+    """Draws from what it predicts, and rules out the least likely class."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.body(x)
+        logits = self.head(x + torch.randn_like(x))
+        return logits.masked_fill(logits == logits.amin(1, keepdim=True), float("-inf")), x * float("nan")
+
+
+@pytest.mark.parametrize(("name", "file"), [each for each in FIT if each[0] != "onnx"])
+def test_random_numbers_and_infinite_outputs_are_no_difference(name, file, tmp_path, monkeypatch):
+    result = gm.compress(Uncertain(), "C4", rank=1, inputs=torch.randn(2, 8))
+    assert gm.export(result, tmp_path / file, format=name).difference < 1e-5
+    monkeypatch.setattr(exporting, "_WRITERS", spoiled(1.0))
+    with pytest.raises(gm.GMError, match="outputs differ by"):
+        gm.export(result, tmp_path / file, format=name)
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(_program, file):
         file.write_text("half")

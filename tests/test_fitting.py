@@ -242,3 +242,18 @@ def test_a_low_rank_starts_at_the_minimum(text: str, shape: tuple[int, ...], gen
         must_fail(assert_best, {name: 1.01 * tensor for name, tensor in start.items()})
     plain = start_factors(weight, structure, Metric())
     must_fail(assert_close, metric.loss(expand(plain, structure, shape) - weight), metric.loss(weight) * 0 + best)
+
+
+@pytest.mark.parametrize("text", ["adapted:2:2x2", "C4+displacement:1+lowrank:1"])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e18])
+def test_weights_and_moments_of_any_size_are_fitted_alike(text: str, size: float, generator: Generator) -> None:
+    """Such as those of a layer that weight decay has starved, in float32, which squares of them leave."""
+    structure, weight = Structure.parse(text), torch.randn(8, 8, generator=generator)
+    rows = torch.randn(20, 8, generator=generator)
+    metric = Metric(rows.mT @ rows)
+    start = {k: torch.randn(v, generator=generator) for k, v in structure.shapes((8, 8)).items()}
+    expected = expand(refine(weight, structure, start, metric=metric), structure, (8, 8))
+    grown = {k: v * size if k in ("kernel", "filters", "left") else v for k, v in start.items()}
+    found = refine(size * weight, structure, grown, metric=Metric(metric.inputs / max(size, 1e-20)))
+    ours, theirs = (metric.relative_loss(each, weight) for each in (expand(found, structure, (8, 8)) / size, expected))
+    assert abs(ours - theirs) < 0.02

@@ -6,7 +6,8 @@ import torch
 from conftest import assert_close, must_fail
 from torch import Generator, Tensor
 
-from gmcompress.linalg import count_above, leading_vectors, spectral_norm, trailing_energy, truncated_svd
+from gmcompress.errors import GMError
+from gmcompress.linalg import cholesky, count_above, leading_vectors, spectral_norm, trailing_energy, truncated_svd
 
 
 def randn(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -112,3 +113,12 @@ def test_a_scale_below_the_largest_counts_more(generator: Generator) -> None:
     for scale, tolerance in ((1.0, 0.1), (0.5, 0.1), (4.0, 0.01)):
         wanted = int((torch.linalg.svdvals(matrix) > scale * tolerance).sum())
         assert int(count_above(matrix, torch.tensor(scale), tolerance)) == wanted
+
+
+def test_cholesky_factors_what_has_any_and_ends_where_there_are_none(generator: Generator) -> None:
+    rows = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64)
+    found = cholesky(rows @ rows.mT)  # of rank 2
+    torch.testing.assert_close(found @ found.mT, rows @ rows.mT, rtol=0, atol=1e-6)
+    for wrong in (torch.full((2, 2), torch.nan), torch.diag(torch.tensor([1.0, torch.inf])), -torch.eye(2)):
+        with pytest.raises(GMError, match="beyond what can be computed with"):
+            cholesky(wrong)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import gmcompress as gm
-from gmcompress.nesting import own_copy
+from gmcompress.nesting import laid_open, own_copy
+from gmcompress.rehearsal import agree
 
 
 @dataclass
@@ -42,6 +43,29 @@ def test_objects_are_copied_with_what_they_hold_but_for_modules():
     assert not x.any()
     for shared in (Memory(other=nn.Linear(2, 2)), Memory(other=threading.Lock()), len, torch):
         assert own_copy([shared])[0] is shared
+
+
+@dataclass(slots=True)
+class Slotted:
+    """A dataclass without a dictionary of its own."""
+
+    logits: Tensor
+    name: str = "found"
+
+
+def test_objects_in_slots_are_objects_too():
+    given = Slotted(torch.zeros(2))
+    assert list(laid_open([given])[0]) == ["logits", "name"]
+    own_copy(given).logits.add_(1)
+    assert not given.logits.any()
+    assert agree(given, Slotted(torch.zeros(2)))
+    assert not agree(given, Slotted(torch.ones(2)))
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+    model.register_forward_hook(lambda _module, _inputs, found: Slotted(found))
+    result = gm.compress(model, "C4", budget="75%", data=[torch.randn(8, 8)], effort=0.1)
+    assert isinstance(result.model(torch.ones(1, 8)), Slotted)
+    assert result.plan.layers
 
 
 def test_a_model_that_adds_to_an_object_it_is_given_is_compressed():

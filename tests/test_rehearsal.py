@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import gmcompress as gm
 from gmcompress.attaching import structured
 from gmcompress.copies import duplicate
-from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, _Rehearsal, agree, rehearsed_sites
+from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, UNREAD, _Rehearsal, agree, rehearsed_sites
 from gmcompress.surgery import read_weight, run, trace
 
 
@@ -44,6 +44,16 @@ class Limited(nn.Linear):
     def forward(self, x):
         self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
         return super().forward(x)
+
+
+class Keeps(nn.Linear):
+    """Makes its weight ready once."""
+
+    made = None
+
+    def forward(self, x):
+        self.made = F.normalize(self.weight.detach()) if self.made is None else self.made
+        return F.linear(x, self.made, self.bias)
 
 
 class Closed(nn.Linear):
@@ -85,6 +95,7 @@ HAZARDS = {
     "kept aside": (Model, (lambda self, x: F.linear(x, self.aside[0]),), ELSEWHERE),
     "bound": (Model, (lambda self, x: self.bound(x),), ELSEWHERE),
     "own name": (Model, (called, SelfAware), REFUSED + "AssertionError"),
+    "kept ready": (Model, (called, Keeps), UNREAD),
     "limited": (Model, (called, Limited), ELSEWHERE),
     "scaled": (Model, (scaled,), ELSEWHERE),
     "state": (Model, (called, Renamed), REFUSED + "KeyError"),
@@ -204,7 +215,7 @@ def test_a_model_that_refuses_all_is_not_run_for_ever():
     Refuses.runs = 0
     sites = rehearsed_sites(Refuses(), torch.ones(1, 4))
     assert all(site.obstacle.startswith(REFUSED) for site in sites)
-    assert Refuses.runs <= RUNS + 3
+    assert Refuses.runs <= RUNS + 4
 
 
 def test_agreement():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gmcompress.nesting import floating
 from gmcompress.sensitivity import DAMPED, sensitivities
-from gmcompress.surgery import floating
 
 
 def undamped(found: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import GMError
 from ..layers import GMLayer
-from ..surgery import describe, get_modules
+from ..nesting import describe
+from ..surgery import get_modules
 from .recipe import FEATURES, Recipe
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)

@@ -1,0 +1,124 @@
+"""Models that draw, differentiate or go on running in their own ways: compressed with and without data, and stored."""
+
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close, must_fail
+from torch import nn
+
+import gmcompress as gm
+from gmcompress.surgery import run, run_seeded
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def features(self, x):
+        return torch.tanh(self.more(torch.tanh(self.body(x))))
+
+
+class Force(Base):
+    """An energy and its slope, which counts on gradients being on."""
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        energy = self.head(self.features(x)).sum()
+        return energy, torch.autograd.grad(energy, x)[0]
+
+
+class Yields(Base):
+    """Runs while its output is read."""
+
+    def forward(self, x):
+        for step in range(3):
+            yield {"step": step, "logits": self.head(self.features(step + x))}
+
+
+class Draws(Base):
+    """Takes random numbers wherever there are any."""
+
+    def forward(self, x):
+        return self.head(self.features(x + torch.rand(1) + random.random() + np.random.rand()))
+
+
+class Waves(Base):
+    def forward(self, x):
+        return torch.fft.fft(self.head(self.features(x)))
+
+
+class Sparse(Base):
+    """Holds matrices of few entries."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such tensors are in beta state
+            self.more.weight = nn.Parameter(torch.eye(8).to_sparse_csr(), requires_grad=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.more.weight @ self.body(x).T).T)
+
+
+STORED = [Force, Yields, Draws, Waves]
+
+
+def leaves(outputs):
+    return torch.utils._pytree.tree_leaves(outputs)
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"budget": "75%", "effort": 0.1}], ids=["rank", "data"])
+@pytest.mark.parametrize("cls", [*STORED, Sparse])
+def test_such_models_are_not_broken(cls, options, tmp_path):
+    torch.manual_seed(0)
+    model, x = cls().eval(), torch.randn(8, 8)
+    if "budget" in options:
+        options = options | {"data": [x]}
+    result = gm.compress(model, "C4", inputs=x, **options)
+    assert set(result.plan.layers) & {"body", "more"}
+    small, dense, old = (leaves(run_seeded(each, x)) for each in (result.model, gm.densify(result.model), model))
+    for ours, twin, theirs in zip(small, dense, old, strict=True):
+        if isinstance(ours, torch.Tensor):
+            assert_close(torch.as_tensor(ours).abs(), twin.abs(), slack=10)
+            assert ours.shape == theirs.shape
+            must_fail(assert_close, ours.abs(), theirs.abs())
+    assert gm.doctor(model, x, "C4").works
+    if cls in STORED:
+        gm.save(result, tmp_path / "small", inputs=x)
+        assert isinstance(gm.load(tmp_path / "small", cls()), cls)
+
+
+def test_a_run_leaves_the_random_numbers_of_the_caller_alone():
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    model = Draws()
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    run_seeded(model, torch.zeros(1, 8))
+    assert random.getstate() == state[0]
+    assert np.random.get_state()[1].tolist() == state[1]
+    assert torch.equal(torch.get_rng_state(), state[2])
+
+
+def test_iterators_without_end_are_read_for_a_while():
+    class Endless(Base):
+        def forward(self, x):
+            while True:
+                yield self.body(x)
+
+    assert len(run(Endless(), torch.ones(1, 8))) == 1000
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 0.0])
+def test_starved_layers_are_compressed_with_data(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+    nn.init.constant_(model[2].weight, size)
+    result = gm.compress(model, "C4", budget="75%", data=[torch.randn(8, 8)], effort=0.1)
+    assert math.isfinite(result.plan.optimum["loss"])
+    assert result.plan.layers
