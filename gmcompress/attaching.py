@@ -23,7 +23,7 @@ from .kinds import view_of
 from .layers import GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from .plain import is_plain, made_anew
 from .structure import Structure
-from .surgery import find_weight, holders, replace, site_name
+from .surgery import find_weight, holders, site_name
 
 CHILD = "structured_"  # and the name of the parameter: the child that holds the GMWeight
 
@@ -206,8 +206,10 @@ def _zero_row(module: nn.Module, parameter: Tensor) -> int | None:
 def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool = False) -> nn.Module:
     """The model with these layers and structured weights in the places named; the rest is copied.
 
+    With inplace=True the old modules become the new layers: who holds one, in a list or a closure, then runs these.
+
     Raises:
-        GMError: a name does not exist, the model cannot be copied, or inplace=True would have to replace the root.
+        GMError: a name does not exist, or the model cannot be copied.
 
     >>> exchange(nn.Embedding(8, 4), {"": GMWeight((8, 4), "C4")})
     StructuredEmbedding(
@@ -216,7 +218,7 @@ def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool
     )
     """
     weights: dict[int, GMWeight] = {}
-    modules: dict[str, nn.Module] = {}
+    modules: list[tuple[nn.Module, nn.Module]] = []
     memo: dict[int, Any] = {}
     for name, layer in layers.items():
         module, key = find_weight(model, name)
@@ -225,9 +227,12 @@ def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool
             weights[id(parameter)] = layer
             memo[id(parameter)] = parameter  # which the copy loses at once
         else:
-            modules[name] = layer
+            modules.append((module, layer))
             memo[id(module)] = layer
-    changed = replace(model, modules, inplace=True) if inplace else duplicate(model, memo)
+    changed = model if inplace else duplicate(model, memo)
+    for module, layer in modules if inplace else []:
+        _change_class(module, type(layer))
+        object.__setattr__(module, "__dict__", vars(layer))  # one and the same, whichever of the two is changed
     for held in holders(changed):
         for each in held:
             weight = weights.get(id(each.parameter))
@@ -264,11 +269,12 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
 def remember(model: nn.Module) -> Callable[[], None]:
     """What puts all modules of a model back as they are now: classes, parameters and children, not their values."""
     ours = (each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule))  # others cannot change
-    kept = [(each, type(each), dict(each._parameters), dict(each._modules)) for each in ours]
+    kept = [(each, type(each), vars(each), dict(each._parameters), dict(each._modules)) for each in ours]
 
     def put_back() -> None:
-        for module, cls, parameters, children in kept:
+        for module, cls, attributes, parameters, children in kept:
             _change_class(module, cls)
+            object.__setattr__(module, "__dict__", attributes)
             module._parameters.clear()
             module._parameters.update(parameters)
             module._modules.clear()

@@ -199,14 +199,22 @@ def _naming(layer: str) -> Iterator[None]:
 def undivided(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
     """The batches, marked as whole where the model runs on all of one but not on an example by itself.
 
-    So it is where the first axis holds frames, or places of a sequence, or where the model fixes its size.
+    So it is where the first axis holds frames, or places of a sequence, or where the model fixes its size; a last batch
+    that is smaller than that is left out.
     """
     first = {describe(one): (one, each) for each in batches if is_divisible(each) for one in [first_of(each, 1)]}
     if not first:
         return list(batches)
     copied = private(model)  # whose parameters a run may change
-    bound = {key for key, (one, each) in first.items() if not _runs(copied, one) and _runs(copied, each)}
-    return [whole(each) if describe(first_of(each, 1)) in bound else each for each in batches]
+    bound = {key: each for key, (one, each) in first.items() if not _runs(copied, one) and _runs(copied, each)}
+    found = []
+    for each in batches:
+        fits = bound.get(describe(first_of(each, 1)))
+        if fits is None:
+            found.append(each)
+        elif describe(each) == describe(fits) or _runs(copied, each):
+            found.append(whole(each))
+    return found
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> bool:

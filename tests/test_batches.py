@@ -135,3 +135,24 @@ def test_what_runs_on_whole_batches_alone_is_given_whole_ones(generator: Generat
     assert undivided(free, [torch.ones(4, 8)])[0].shape == (4, 8)
     with pytest.raises(GMError, match=r"does not run on inputs of shape \(4, 7\)"):
         gm.compress(nn.Sequential(free, nn.Linear(8, 8)), "C4", budget="75%", data=[torch.ones(4, 7)])
+
+
+class FixedBatch(nn.Module):
+    """Takes four examples, neither more nor less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x.view(4, 8))))
+
+
+def test_a_last_batch_that_a_model_of_fixed_size_cannot_take_is_left_out(generator: Generator) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(10, 8, generator=generator).split(4)
+    kept = undivided(FixedBatch(), data)
+    assert [count_examples(each) for each in kept] == [4, 4]
+    found = gm.compress(FixedBatch(), "C4", budget="90%", data=data, include="*", effort=0.1)
+    assert found.model(data[0]).shape == (4, 3)
+    assert len(undivided(nn.Linear(8, 8), data)) == 3, "the control"

@@ -1,5 +1,6 @@
 """compress(): the zoo survives it, the user's model does not change, bad input is named; densify and equivariance."""
 
+import copy
 import itertools
 
 import pytest
@@ -125,6 +126,32 @@ def test_in_place_changes_the_model_itself_and_only_when_all_is_well():
         with pytest.raises(gm.GMError, match=r"layer 'aux'.*NaN"):
             gm.compress(broken, "C4", inplace=True, **options)
     assert isinstance(broken.body, nn.Linear)
+
+
+class ListsItsLayers(nn.Module):
+    """Runs layers that it holds a second time, in a list and in a function, where torch does not look for modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.steps, last = [self.first], self.last
+        self.end = lambda x: last(x)
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x).relu()
+        return self.end(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layers_held_elsewhere_are_replaced_too(inplace, generator):
+    model, x = ListsItsLayers(), torch.randn(3, 8, generator=generator)
+    expected = gm.compress(copy.deepcopy(model), "C4", rank=0, include=["first", "last"]).model
+    found = gm.compress(model, "C4", rank=0, include=["first", "last"], inputs=x, inplace=inplace).model
+    assert isinstance(found.steps[0], gm.GMLinear)
+    by_hand = expected.last(expected.first(x).relu())
+    assert_close(found(x), by_hand)
+    assert_close(gm.densify(found)(x), by_hand)
 
 
 class OnlyDense(nn.Module):
