@@ -202,7 +202,10 @@ def undivided(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
     So it is where the first axis holds frames, or places of a sequence, or where the model fixes its size; a last batch
     that is smaller than that is left out.
     """
-    first = {describe(one): (one, each) for each in batches if is_divisible(each) for one in [first_of(each, 1)]}
+    first: dict[str, tuple[Inputs, Inputs]] = {}
+    for each in filter(is_divisible, batches):
+        one = first_of(each, 1)
+        first.setdefault(describe(one), (one, each))
     if not first:
         return list(batches)
     copied = private(model)  # whose parameters a run may change
