@@ -19,7 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vma
 from .linalg import cholesky
 from .surgery import Inputs, run
 
-POSITIONS = 60  # input vectors per dimension of a moment, beyond which positions are drawn at random
+POSITIONS = 120  # input vectors per dimension of a moment, beyond which positions are drawn at random
 WORK = 5e10  # multiply-adds of the sums of one layer, beyond which they are drawn too, but for
 FEWEST = 3  # vectors per dimension
 CHUNK = 1 << 24  # numbers of one unfolded piece of a convolution's input
