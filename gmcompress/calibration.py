@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .batches import split_batch
 from .errors import GMError
-from .moments import state_of
+from .moments import version_of
 from .nesting import describe, floating, laid_open
 from .surgery import Inputs, call, run, ungraded
 
@@ -166,7 +166,7 @@ def norms_after(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[
     def note(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                made.setdefault(state_of(output), []).append(name)
+                made.setdefault(version_of(output), []).append(name)
                 kept.append(output)
 
         return hook
@@ -174,7 +174,7 @@ def norms_after(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[
     def match(norm: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             given = isinstance(arguments[0], Tensor) if arguments else False
-            origin = made.get(state_of(arguments[0]), []) if given else []
+            origin = made.get(version_of(arguments[0]), []) if given else []
             found.setdefault(norm, []).extend(origin or [""])
 
         return hook

@@ -86,7 +86,7 @@ class Job:
         examples = [first_of(each, 1) for each in self.batches]
         for each in {describe(each): each for each in examples}.values():
             run(dense, each)  # says what does not fit before any work is done
-        macs = _macs_of_one(dense, examples[0])
+        macs = count_macs(dense, examples[0])[0] // max(1, count_examples(examples[0]))  # whole batches hold several
         found = calibrate(dense, self.batches, names, logits=self.logits(dense), macs=macs, effort=self.effort)
         self.known.append((frozenset(names), found))
         return found
@@ -159,11 +159,12 @@ class Job:
         if not self.batches:
             return []
         dense = shell(dense)  # in evaluation mode
-        macs = _macs_of_one(dense, first_of(self.batches[0], 1))
+        known = self.calibration(dense, list(plan.layers))  # asked already for the fits
+        assert known is not None, "there is data"
         kind = "block-" + plan_digest({name: Structure.parse(text) for name, text in plan.layers.items()}, self.effort)
         options: dict[str, Any] = {
-            "macs": macs,
-            "logits": self.logits(dense),
+            "macs": known.macs,
+            "logits": known.logits,
             "effort": self.effort,
             "notes": notes,
             "kind": kind,
@@ -226,11 +227,6 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
     except GMError:
         return False
     return True
-
-
-def _macs_of_one(model: nn.Module, inputs: Inputs) -> int:
-    """The multiply-adds of one of these examples."""
-    return count_macs(model, inputs)[0] // max(1, count_examples(inputs))
 
 
 def apart(model: nn.Module, inputs: Inputs | None) -> nn.Module:

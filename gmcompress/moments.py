@@ -60,20 +60,17 @@ class Moments:
 
     def gram(self) -> Tensor:  # (conv_groups, m, m)
         """Σ x xᵀ, damped, and shrunk towards its diagonal where there are few vectors for its size."""
-        few = self._few()
-        found = (1 - few) * self.inputs
-        found.diagonal(dim1=1, dim2=2).add_(self._added(few))
-        return found
+        return self._damped(0.0)[0]
 
-    def _few(self) -> float:
-        """The share of the diagonal to which so few vectors are shrunk."""
-        return self.inputs.shape[1] / (self.inputs.shape[1] + self.count)
-
-    def _added(self, share: float) -> Tensor:  # (conv_groups, m)
-        """A share of the diagonal, and the damping."""
+    def _damped(self, ridge: float) -> tuple[Tensor, Tensor, float]:  # (conv_groups, m, m), (conv_groups, m), share
+        """What `gram` is with a ridge, a share of the diagonal; what is added to it, and the share of that for few."""
+        few = self.inputs.shape[1] / (self.inputs.shape[1] + self.count)
         diagonal = self.inputs.diagonal(dim1=1, dim2=2)
         size = diagonal.mean()
-        return share * diagonal + DAMPING * (size if float(size) > 0 else torch.ones_like(size))
+        added = (few + ridge) * diagonal + DAMPING * (size if float(size) > 0 else torch.ones_like(size))
+        found = (1 - few) * self.inputs
+        found.diagonal(dim1=1, dim2=2).add_(added)
+        return found, added, few
 
     def target(self, weight: Tensor) -> Tensor:  # (rows, columns, *taps), same
         """The dense weight that best reproduces the dense layer's outputs from the compressed model's inputs.
@@ -92,10 +89,8 @@ class Moments:
         return weight if kept <= errors[best] else self._target(weight, best)
 
     def _target(self, weight: Tensor, ridge: float) -> Tensor:
-        few = self._few()
-        added, (groups, m) = self._added(few + ridge), self.inputs.shape[:2]
-        dense, moment = weight.reshape(groups, -1, m), (1 - few) * self.inputs
-        moment.diagonal(dim1=1, dim2=2).add_(added)
+        (moment, added, few), (groups, m) = self._damped(ridge), self.inputs.shape[:2]
+        dense = weight.reshape(groups, -1, m)
         wanted = (1 - few) * (dense @ self.cross) + dense * added[:, None]
         return torch.cholesky_solve(wanted.mT, cholesky(moment)).mT.reshape(weight.shape)
 
@@ -172,7 +167,7 @@ def _given(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs) -
         with ExitStack() as stack:
             seen = _watch(stack, modules, states, copying=copying)
             _run(model, inputs)
-        if all(state_of(each) == state for each, state in states):
+        if all(version_of(each) == state for each, state in states):
             break
     return seen
 
@@ -192,7 +187,7 @@ def _watch(
             if arguments and isinstance(arguments[0], Tensor) and not is_functorch_wrapped_tensor(arguments[0]):
                 found = arguments[0].clone() if copying else arguments[0]
                 seen[name].append(found)
-                states.append((found, state_of(found)))
+                states.append((found, version_of(found)))
             if all(seen.values()):
                 raise _Stop
 
@@ -299,6 +294,6 @@ def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
     return Moments(count, inputs, cross[0] if cross else inputs, mean, dense_mean)
 
 
-def state_of(tensor: Tensor) -> tuple[int, int]:
+def version_of(tensor: Tensor) -> tuple[int, int]:
     """A tensor and its values: an activation or addition in place gives the same tensor another version."""
     return id(tensor), 0 if tensor.is_inference() else tensor._version
