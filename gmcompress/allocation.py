@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .batches import first_examples
 from .budgets import Budget
 from .calibration import divergence, outputs
-from .candidates import Subject, candidates, offered, priced, rank_within
+from .candidates import Subject, candidates, offered, priced, rank_within, views_of
 from .errors import GMError
-from .factors import Metric, start_factors
+from .factors import Metric
 from .groups import Group
 from .moments import collect
 from .notes import Notes
@@ -136,17 +136,14 @@ class _Probes:
         found = read_weight(self.dense, name)
         assert found is not None, "only matrices are planned"
         weight, points = found.clone(), []
-        split = weight.dim() == 4 and min(weight.shape[2:]) > 1
+        split = views_of(weight.shape)[-1]
         try:
             for share in PROBES:
                 rank = max(1, rank_within(weight.shape, int(share * weight.numel()), grid=None, split=split))
-                structure = Structure.factors(rank, split=split)
-                tensors = start_factors(subject.weight, structure, subject.metric)
-                fitted = expand(tensors, structure, weight.shape)
-                loss = subject.relative_loss(fitted)
-                write_weight(self.dense, name, fitted)
-                given = outputs(self.dense, self.batches)
-                points.append((loss, divergence(self.wanted, given, logits=self.calibration.logits)))
+                tensors = subject.low_ranks[split].leading(rank)
+                write_weight(self.dense, name, expand(tensors, Structure.factors(rank, split=split), weight.shape))
+                away = divergence(self.wanted, outputs(self.dense, self.batches), logits=self.calibration.logits)
+                points.append((subject.low_rank_loss(rank, split=split), away))
         finally:
             write_weight(self.dense, name, weight)
         return Sensitivity.through(points)

@@ -18,6 +18,7 @@ from .factored import Window
 from .factors import Metric, Tensors, start_factors
 from .fitting import OVERHEAD, refine
 from .groups import Group, quotients
+from .lowranks import LowRanks, low_ranks
 from .products import why_slow
 from .projection import project
 from .selection import Candidate
@@ -58,6 +59,19 @@ class Subject:
     def whole(self) -> float:
         """tr(G W S Wᵀ), or 1 where that is nothing."""
         return float((self.weight.flatten(1) * self.weighed).sum()) or 1.0
+
+    @cached_property
+    def low_ranks(self) -> dict[bool, LowRanks]:
+        """The low ranks of the sizes offered, by whether the taps are split between the two sides."""
+        found = {}
+        for split in views_of(self.shape):
+            rank = max([1, *_ladder(self.shape, split=split)])
+            found[split] = low_ranks(self.weight, self.metric, rank, split=split)
+        return found
+
+    def low_rank_loss(self, rank: int, *, split: bool) -> float:
+        """The relative loss of a low rank."""
+        return float(self.low_ranks[split].losses[rank]) / self.whole
 
     def relative_loss(self, approximation: Tensor) -> float:
         """tr(G E S Eᵀ)/tr(G W S Wᵀ)."""
@@ -133,18 +147,15 @@ def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
     quotient of `group` that fits, with displacement ranks up to 2. Along each family the fits are nested: a larger
     rank starts from the smaller one's fit, so that more parameters never give a larger loss.
     """
-    low_ranks: list[Candidate] = []
-    split, starts = _has_split(subject.shape), {}
-    for view in [False, True] if split else [False]:
-        ranks, starts[view] = _low_ranks(subject, split=view)
-        low_ranks += ranks
-    found = [subject.candidate(None, 0.0), *low_ranks]
+    lower = [each for split in views_of(subject.shape) for each in _low_ranks(subject, split=split)]
+    found = [subject.candidate(None, 0.0), *lower]
+    split = views_of(subject.shape)[-1]
     if _cost(subject) <= EFFORT[subject.metric.inputs is not None]:
         found += _adapted(subject, split=split)
     else:
-        found += _estimated(subject, low_ranks, starts[split], split=split)
+        found += _estimated(subject, lower, split=split)
     if group is not None:
-        found += _group_matrices(subject, group, low_ranks)
+        found += _group_matrices(subject, group, lower)
     return undominated(found)
 
 
@@ -163,10 +174,9 @@ def offered(
     >>> [str(each) for each in offered((8, 8), None, grids=False)]
     ['None', 'lowrank:1', 'lowrank:2', 'lowrank:3']
     """
-    split = _has_split(shape)
     found: list[Structure | None] = [None]
-    for view in [False, True] if split else [False]:
-        found += [Structure.factors(rank, split=view) for rank in _ladder(shape, split=view)]
+    for split in views_of(shape):
+        found += [Structure.factors(rank, split=split) for rank in _ladder(shape, split=split)]
     for grid in grids_of(shape) if grids else []:
         found += [Structure.factors(rank, grid=grid, split=split) for rank in _ladder(shape, grid, split=split)]
     return found if group is None else [*found, *_group_structures(shape, group, conv_groups)]
@@ -186,8 +196,13 @@ def beats(one: Candidate, other: Candidate) -> bool:
     return one.params <= other.params and one.loss <= other.loss and (one.macs or 0) <= (other.macs or 0)
 
 
-def _has_split(shape: Sequence[int]) -> bool:
-    return len(shape) == 4 and min(shape[2:]) > 1
+def views_of(shape: Sequence[int]) -> list[bool]:
+    """The views of a weight as a matrix: rows × columns·taps, and for a kernel with the taps split between the sides.
+
+    >>> views_of((64, 64, 3, 3)), views_of((64, 64, 1, 1))
+    ([False, True], [False])
+    """
+    return [False, True] if len(shape) == 4 and min(shape[2:]) > 1 else [False]
 
 
 def _cost(subject: Subject) -> float:
@@ -198,27 +213,16 @@ def _cost(subject: Subject) -> float:
     return (product + OVERHEAD) * STEPS * (len(SHARES) + 2 * len(GRIDS))
 
 
-def _low_ranks(subject: Subject, *, split: bool) -> tuple[list[Candidate], Tensors]:
-    """Low ranks of rows × columns·taps or, split, of rows·ky × columns·kx, and the tensors of the largest."""
-    ranks = _ladder(subject.shape, split=split)
-    if not ranks:
-        return [], {}
-    tensors = start_factors(subject.weight, Structure.factors(ranks[-1], split=split), subject.metric)
-    found = []
-    for rank in ranks:
-        structure, cut = Structure.factors(rank, split=split), _leading(tensors, rank)
-        found.append(subject.candidate(structure, subject.relative_loss(expand(cut, structure, subject.shape))))
-    return found, tensors
+def _low_ranks(subject: Subject, *, split: bool) -> Iterator[Candidate]:
+    """Low ranks of rows × columns·taps or, split, of rows·ky × columns·kx."""
+    for rank in _ladder(subject.shape, split=split):
+        yield subject.candidate(Structure.factors(rank, split=split), subject.low_rank_loss(rank, split=split))
 
 
 def _ladder(shape: Sequence[int], grid: tuple[int, int] | None = None, *, split: bool) -> list[int]:
     """The ranks offered of one family, ascending: the largest within every share of the dense numbers."""
     ranks = {rank_within(shape, int(share * prod(shape)), grid=grid, split=split) for share in SHARES}
     return sorted(ranks - {0})
-
-
-def _leading(tensors: Tensors, rank: int) -> Tensors:
-    return {"left": tensors["left"][..., :rank], "right": tensors["right"][:rank]}
 
 
 def grids_of(shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -252,26 +256,22 @@ def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
     return found
 
 
-def _estimated(subject: Subject, low_ranks: Sequence[Candidate], start: Tensors, *, split: bool) -> list[Candidate]:
-    """Adapted bases of a large weight: fitted at two sizes; at others as far ahead of low ranks as lies between.
-
-    `start` are the tensors of the largest low rank, of which the fits start from the leading components.
-    """
+def _estimated(subject: Subject, lower: Sequence[Candidate], *, split: bool) -> list[Candidate]:
+    """Adapted bases of a large weight: fitted at two sizes; at others as far ahead of low ranks as lies between."""
     limit, grids = subject.weight.numel(), grids_of(subject.shape)
     if not grids:
         return []
-    grid, ahead = grids[-1], []
+    grid, known, ahead = grids[-1], subject.low_ranks[split], []
     for share in ANCHORS:
         structure = _sized(subject, share, grid, split=split)
-        if structure is None or structure.lowrank > len(start.get("right", ())):
+        if structure is None or structure.lowrank > known.largest:
             return []
-        scales = subject.weight.new_ones(structure.shapes(subject.shape)["scales"])
-        first = {**_leading(start, structure.lowrank), "scales": scales}
         effort = ANCHOR_EFFORT[subject.metric.inputs is not None]
+        first = known.as_adapted(structure)
         tensors = refine(subject.weight, structure, first, metric=subject.metric, effort=effort)
         stored = structure.parameters(subject.shape)
         reached = max(_loss(subject, structure, tensors), TINY)
-        ahead.append((stored / limit, math.log(reached / max(_loss_at(low_ranks, stored), TINY))))
+        ahead.append((stored / limit, math.log(reached / max(_loss_at(lower, stored), TINY))))
     (x0, y0), (x1, y1) = ahead
     slope = (y1 - y0) / max(x1 - x0, 1 / limit)
     found = []
@@ -279,7 +279,7 @@ def _estimated(subject: Subject, low_ranks: Sequence[Candidate], start: Tensors,
         structure = Structure.factors(rank, grid=grid, split=split)
         stored = structure.parameters(subject.shape)
         factor = math.exp(min(y0 + slope * (min(max(stored / limit, x0), x1) - x0), 0.0))
-        found.append(subject.candidate(structure, factor * _loss_at(low_ranks, stored)))
+        found.append(subject.candidate(structure, factor * _loss_at(lower, stored)))
     return found
 
 
@@ -289,9 +289,9 @@ def _sized(subject: Subject, share: float, grid: tuple[int, int], *, split: bool
     return Structure.factors(rank, grid=grid, split=split) if rank else None
 
 
-def _loss_at(low_ranks: Sequence[Candidate], stored: int) -> float:
+def _loss_at(lower: Sequence[Candidate], stored: int) -> float:
     """The loss of a low rank of any size, by log-linear interpolation in the table; 0 where none loses."""
-    known = [each for each in undominated(low_ranks) if each.loss > 0]
+    known = [each for each in undominated(lower) if each.loss > 0]
     if not known:
         return 0.0
     smaller = [each for each in known if each.params <= stored]
@@ -307,11 +307,19 @@ def fit_factors(
     subject: Subject, structure: Structure, smaller: Tensors | None, *, iterations: int
 ) -> tuple[Tensors, float]:
     """A factor part and its relative loss, from the fit of a smaller rank grown by what that one leaves, if given."""
-    start = start_factors(subject.weight, structure, subject.metric)
+    start = _start(subject, structure)
     if smaller is not None:
         start = min((start, _grown(subject, structure, smaller)), key=lambda each: _loss(subject, structure, each))
     tensors = refine(subject.weight, structure, start, metric=subject.metric, iterations=iterations)
     return tensors, _loss(subject, structure, tensors)
+
+
+def _start(subject: Subject, structure: Structure) -> Tensors:
+    """What `start_factors` gives; of the ranks offered it is known already."""
+    known = subject.low_ranks[structure.split]
+    if structure.lowrank > known.largest:
+        return start_factors(subject.weight, structure, subject.metric)
+    return known.leading(structure.lowrank) if structure.grid is None else known.as_adapted(structure)
 
 
 def _loss(subject: Subject, structure: Structure, tensors: Tensors) -> float:
@@ -329,7 +337,7 @@ def _grown(subject: Subject, structure: Structure, smaller: Tensors) -> Tensors:
     return {name: torch.cat([smaller[name], extra[name]], dim=axes[name]) for name in smaller}
 
 
-def _group_matrices(subject: Subject, group: Group, low_ranks: Sequence[Candidate]) -> Iterator[Candidate]:
+def _group_matrices(subject: Subject, group: Group, lower: Sequence[Candidate]) -> Iterator[Candidate]:
     """The nearest group matrices of every quotient that fits, alone and with small displacement ranks.
 
     Under a metric, in which losses take long to find, those are left out that cannot be better than a low rank.
@@ -341,7 +349,7 @@ def _group_matrices(subject: Subject, group: Group, low_ranks: Sequence[Candidat
             continue
         found = expand(fit.tensors, structure, subject.shape)
         at_best = subject.candidate(structure, subject.least_loss(found))
-        if not any(beats(each, at_best) for each in low_ranks):
+        if not any(beats(each, at_best) for each in lower):
             yield subject.candidate(structure, subject.relative_loss(found))
 
 
@@ -363,7 +371,7 @@ def plain_svd(subject: Subject, limit: int) -> tuple[Structure, float]:
         GMError: not even rank 1 fits.
     """
     found = []
-    for split in [False, True] if _has_split(subject.shape) else [False]:
+    for split in views_of(subject.shape):
         rank = rank_within(subject.shape, limit, grid=None, split=split)
         if rank:
             structure = Structure.factors(rank, split=split)

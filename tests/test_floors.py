@@ -15,7 +15,7 @@ FLOORS = (
     ("fourier", "fewrows", "signals", "nesting"),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils", "moments"),
-    ("calibration",),
+    ("calibration", "lowranks"),
     ("products",),
     ("fitting", "layers", "groupconv", "lattice", "lieconv"),
     ("projection", "attaching", "pooling", "homogeneous", "separables"),
@@ -33,7 +33,9 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALGEBRA = {
     room: {"torch.nn"}
-    for room in ("structure", "projection", "fitting", "factors", "linalg", "fourier", "separation", "liegrids")
+    for room in (
+        *("structure", "projection", "fitting", "factors", "linalg", "lowranks", "fourier", "separation", "liegrids"),
+    )
 }
 PURE = {
     "groups": {"torch"},
