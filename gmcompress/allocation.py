@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .batches import first_examples
@@ -23,7 +22,7 @@ from .moments import collect
 from .notes import Notes
 from .plain import is_plain
 from .planning import Eligible, Plan
-from .projection import EXACT
+from .projection import exactness
 from .reconstruction import Calibration
 from .selection import Candidate, Selection, check_reachable, select
 from .structure import Structure, expand
@@ -66,7 +65,7 @@ class Sensitivity:
 
 def subject_of(site: Site, weight: Tensor, metric: Metric, *, positions: int | None) -> Subject:
     """What the table needs to know of one layer."""
-    exact = torch.float64 if weight.numel() <= EXACT else torch.float32
+    exact = exactness(weight)
     return Subject(weight.to(exact), metric.to(exact), site.conv_groups, positions, weight.element_size())
 
 

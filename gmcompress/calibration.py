@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .batches import split_batch
 from .errors import GMError
+from .linalg import gram_matrix
 from .moments import version_of
 from .nesting import describe, floating, laid_open
 from .surgery import Inputs, call, run, ungraded
@@ -118,7 +119,7 @@ def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
 
         def take_in(gradient: Tensor) -> None:
             rows = gradient.movedim(axis, -1).flatten(0, -2).float()
-            moment = (rows.mT @ rows).double()
+            moment = gram_matrix(rows).double()
             sums[name] = sums[name] + moment if name in sums else moment
 
         if not output.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place

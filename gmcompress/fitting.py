@@ -26,6 +26,7 @@ OVERHEAD = 2e7  # multiply-adds that could be done while a small product is set 
 MEMORY, LEAST_MEMORY = 30, 5  # steps that L-BFGS remembers, fewer where they are more numbers than the next line says
 MEMORY_NUMBERS = 50_000_000
 REFRESH = 20  # steps after which the preconditioner is computed anew, and convergence is judged
+REFRESHES = 4  # of the exact preconditioner that the effort must allow, else a coarser one is used
 DAMPING = 0.1  # of the diagonal of the preconditioner's blocks, added to it
 SUFFICIENT = 1e-4  # of the decrease that the slope promises: what a step must bring (Armijo)
 USUAL = 2.0**20  # the largest entry of a weight or moment, and its inverse, beyond which products leave float32
@@ -61,18 +62,20 @@ class _Factors:
         by_scale = torch.einsum("prqb,qbr->pqr", inner, v)
         return {"u": error @ self._right(s, v).mT, "s": by_scale, "v": torch.einsum("prqb,pqr->qbr", inner, s)}
 
-    def preconditioner(self, x: Tensors) -> _Blocks:
-        """The diagonal blocks of JᵀMJ: of U exact, of s and V with the moment averaged over the vertical taps."""
+    def preconditioner(self, x: Tensors, *, coarse: bool) -> _Blocks:
+        """The diagonal blocks of JᵀMJ: of s and V with the moment averaged over the vertical taps, of U if `coarse`."""
         u, s, v = x["u"], x["s"], x["v"]
-        h, m = self.form.sizes[1], self.moments
-        right = self._right(s, v)
-        if m.full is None or m.blocks is None:
-            by_u = torch.einsum("prx,ptx->prt", right, right)
-            by_u = torch.einsum("prt,hk->phrkt", by_u, torch.eye(h, dtype=u.dtype, device=u.device))
+        m = self.moments
+        right, h = self._right(s, v), 1 if coarse else self.form.sizes[1]
+        if m.full is None or m.blocks is None or m.columns is None:
+            by_u, h = right @ right.mT, 1  # for each vertical tap alike
             vsv = v.mT @ v
         else:
-            moved = torch.einsum("prx,hxky->prhky", right, m.full)
-            by_u = torch.einsum("prhky,pty->phrkt", moved, right)
+            if h == 1:
+                by_u = right @ m.columns @ right.mT
+            else:
+                moved = torch.einsum("prx,hxky->prhky", right, m.full)
+                by_u = torch.einsum("prhky,pty->phrkt", moved, right)
             vsv = v.mT @ m.blocks @ v
         rank = u.shape[2]
         uu = u.mT @ u * (1.0 if self.outputs is None else self.outputs)
@@ -86,7 +89,10 @@ class _Factors:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks of the Gauss–Newton matrix: of U (P, h·r, h·r), of s (P, Q, r, r) or its diagonal, of V as A_q ⊗ S_q."""
+    """Blocks of the Gauss–Newton matrix: of U (P, h·r, h·r), of s (P, Q, r, r) or its diagonal, of V as A_q ⊗ S_q.
+
+    h is 1 where those of U are the same for every vertical tap.
+    """
 
     by_u: Tensor
     by_s: Tensor
@@ -210,19 +216,20 @@ class _Problem:
         )
         return float(numel * (6 * structure.lowrank + moments + 8) + remembered) + OVERHEAD
 
-    def refresh_cost(self) -> float:
+    def refresh_cost(self, *, coarse: bool) -> float:
         """Multiply-adds of a new preconditioner, about: the products and inverses of its blocks."""
-        structure, (p, q) = self.form.structure, self.form.grid
-        wide, rank = self.form.sizes[1] * structure.lowrank, structure.lowrank
+        (_, h, i, w), rank, (p, q) = self.form.sizes, self.form.structure.lowrank, self.form.grid
+        h = 1 if coarse else h
+        moved = 0 if self.metric.inputs is None else p * rank * (h * i * w) ** 2
         pairs = p * q * rank**3 if 0 < rank <= COUPLED else 0
-        return float(3 * (p * wide**3 + q * rank**3 + pairs) + self.target.numel() * wide)
+        return float(moved + p * (h * rank) ** 2 * i * w + 3 * (p * (h * rank) ** 3 + q * rank**3 + pairs))
 
     def vjp(self, x: Tensors, error: Tensor) -> Tensors:
         return {name: each for part in self.parts for name, each in part.vjp(x, error).items()}
 
-    def preconditioner(self, x: Tensors) -> Callable[[Tensors], Tensors]:
+    def preconditioner(self, x: Tensors, *, coarse: bool) -> Callable[[Tensors], Tensors]:
         """The inverse of the damped Gauss–Newton blocks at x, as a function."""
-        solver = self.factors.preconditioner(x).damped(DAMPING) if self.factors else None
+        solver = self.factors.preconditioner(x, coarse=coarse).damped(DAMPING) if self.factors else None
         sizes = self.group.curvature(x) if self.group else {}
 
         def solve(r: Tensors) -> Tensors:
@@ -253,8 +260,8 @@ class _Flat:
         weighed = self.problem.weigh(error)
         return float((error * weighed).sum()), self.join(self.problem.vjp(x, weighed))
 
-    def preconditioner(self, vector: Tensor) -> Callable[[Tensor], Tensor]:
-        solve = self.problem.preconditioner(self.apart(vector))
+    def preconditioner(self, vector: Tensor, *, coarse: bool) -> Callable[[Tensor], Tensor]:
+        solve = self.problem.preconditioner(self.apart(vector), coarse=coarse)
         return lambda r: self.join(solve(self.apart(r)))
 
 
@@ -334,14 +341,15 @@ def refine(
     memory, (loss, gradient) = _Memory(len(x), x), flat.slope(x)
     floor = torch.finfo(weight.dtype).eps ** 2 * float((problem.target * problem.weigh(problem.target)).sum())
     product = problem.product_cost()
-    left, refreshed, judged = effort / product, problem.refresh_cost() / product, math.inf
+    coarse = problem.refresh_cost(coarse=False) > effort / REFRESHES
+    left, refreshed, judged = effort / product, problem.refresh_cost(coarse=coarse) / product, math.inf
     for number in range(iterations):
         if loss <= floor or left <= 0:
             break
         if number % REFRESH == 0:
             if loss > (1 - tolerance) * judged:
                 break
-            judged, precondition = loss, flat.preconditioner(x)
+            judged, precondition = loss, flat.preconditioner(x, coarse=coarse)
             left -= refreshed
         direction = memory.direction(gradient, precondition)
         if memory.order and not float(gradient @ direction) < 0:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .errors import GMError
 
 ALL = 128  # rows below which all eigenvectors are as quick as some
+PIECES = 6  # of a large Gram matrix, of which it is made
 LARGEST = 1e6  # ridge, by which every positive semidefinite matrix can be factored
 DOUBLE = (torch.float32, torch.float64)  # what LAPACK computes in
 
@@ -87,6 +88,19 @@ def _leading_values(gram: Tensor, rank: int) -> Tensor | None:  # (b, n, n), on 
         return torch.stack([torch.from_numpy(eigsh(each.numpy(), rank, **options)) for each in gram])
     except ArpackError:
         return None
+
+
+def gram_matrix(rows: Tensor) -> Tensor:  # (*b, n, m) -> (*b, m, m)
+    """XᵀX. Where it is large only what lies on and above the diagonal is multiplied, block row by block row."""
+    m = rows.shape[-1]
+    if m < PIECES * ALL:
+        return rows.mT @ rows
+    found = rows.new_empty(*rows.shape[:-2], m, m)
+    for start in range(0, m, -(-m // PIECES)):
+        end = min(start + -(-m // PIECES), m)
+        found[..., start:end, start:] = rows[..., start:end].mT @ rows[..., start:]
+        found[..., end:, start:end] = found[..., start:end, end:].mT
+    return found
 
 
 def _small_gram(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (b, n, n) or (b, m, m), whichever is smaller

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap is of no use outside
 
-from .linalg import cholesky
+from .linalg import cholesky, gram_matrix
 from .surgery import Inputs, run
 
 POSITIONS = 120  # input vectors per dimension of a moment, beyond which positions are drawn at random
@@ -35,7 +35,7 @@ class Moments:
     For a convolution a vector is one patch, in the order of the weight; a grouped convolution has one sum per group.
     `inputs` is Σ x xᵀ and `cross` Σ t xᵀ, both (conv_groups, m, m) and divided by `count`; the means are (conv_groups,
     m). `halves` are the moments of every other batch, where there are two or more. Where `collect` was told not to
-    cross a layer, `cross` is `inputs`, and there are no halves.
+    cross a layer, `cross` is `inputs`, `dense_mean` is `mean`, and there are no halves.
     """
 
     count: int
@@ -132,15 +132,17 @@ def collect(
 
     `small` may be the dense model itself. Both must be in evaluation mode. Of a layer's input vectors at most POSITIONS
     per dimension are taken, fewer where the sums would cost too much, the same positions of both models. By default
-    all layers are `crossed`; to leave it out spares half of the work, and five sixths of the memory.
+    all layers are `crossed`; what is not is seen in the compressed model alone, at half of the work and a sixth of the
+    memory.
     """
     batches = list(batches)
     sums: dict[str, _Sums] = {}
     both = set(names if crossed is None else crossed)
     old, new = (model.get_submodule for model in (dense, small))
     for number, inputs in enumerate(batches):
-        kept = _given(dense, {name: old(name) for name in names}, inputs)
-        other = kept if small is dense else _given(small, {name: new(name) for name in names}, inputs)
+        other = _given(small, {name: new(name) for name in names}, inputs)
+        apart = {name: old(name) for name in names if name in both and small is not dense}
+        kept = other | (_given(dense, apart, inputs) if apart else {})
         for name in names:
             for index, (t, x) in enumerate(_paired(kept[name], other[name])):
                 if name not in sums:
@@ -219,7 +221,7 @@ class _Sums:
         for t, x in pairs:  # each (vectors, groups, size)
             own = x.transpose(0, 1).float()
             other = own if t is x else t.transpose(0, 1).float()
-            found = [own.mT @ own, own.sum(1), other.sum(1)]
+            found = [gram_matrix(own), own.sum(1), other.sum(1)]
             if self.crossed:
                 found.append(found[0] if t is x else other.mT @ own)
             if not self.sums[half]:

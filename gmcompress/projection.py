@@ -80,11 +80,12 @@ def project(
     _check_ranks(structure, shape)
     metric = (metric or Metric()).to(exact.dtype)
     metric.check(shape)
-    tensors, away, lost = _start(exact, structure, metric)
-    if structure.grid is not None or metric != Metric():
-        dtype = torch.float64 if exact.numel() <= EXACT else torch.float32
-        start = {name: each.to(dtype) for name, each in tensors.items()}
+    if structure.grid is None and metric == Metric():
+        tensors, away, lost = _start(exact, structure, metric)
+    else:
+        dtype = exactness(exact)
         limits: dict[str, Any] = {"iterations": iterations, "effort": effort}
+        start, away, _ = _start(exact.to(dtype), structure, metric.to(dtype))
         tensors = refine(exact.to(dtype), structure, start, metric=metric.to(dtype), **limits)
         tensors, lost = {name: each.double() for name, each in tensors.items()}, None
     norm = float(exact.norm()) or 1.0
@@ -97,6 +98,11 @@ def project(
         distance=None if away is None else away / norm,
         loss=error**2 if metric == Metric() else metric.relative_loss(found, exact),
     )
+
+
+def exactness(weight: Tensor) -> torch.dtype:
+    """In which precision a weight's factors are fitted."""
+    return torch.float64 if weight.numel() <= EXACT else torch.float32
 
 
 def _start(exact: Tensor, structure: Structure, metric: Metric) -> tuple[dict[str, Tensor], float | None, float | None]:

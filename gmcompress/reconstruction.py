@@ -17,7 +17,7 @@ from .files import json_digest
 from .moments import Moments, collect
 from .notes import Notes
 from .plain import is_plain
-from .projection import Fit, project, relative_error, svd_error
+from .projection import Fit, exactness, project, relative_error, svd_error
 from .structure import Structure, expand
 from .surgery import Inputs, find_weight, read_weight, write_weight
 
@@ -166,8 +166,7 @@ def reconstruct(
             if seen is not None and name == chunk[0]:
                 target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
             fit = best_fit(weight, target, structures[name], metric, effort=effort)
-            met = seen if seen is None or name == chunk[0] else replace(seen, mean=seen.dense_mean)
-            bias, mean = _absorbed(name, layer, small, fit, calibration, met)
+            bias, mean = _absorbed(name, layer, small, fit, calibration, seen)
             found.take_in(name, small, fit, bias, mean)
             _remember(notes, kind, name, fit, bias, mean)
     return found
@@ -219,7 +218,8 @@ def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metri
     """
     fit = project(wanted, structure, metric=metric, effort=effort)
     if structure.group is None and structure.grid is not None:
-        limit, subject = structure.parameters(weight.shape), Subject(wanted, metric)
+        limit, exact = structure.parameters(weight.shape), exactness(weight)
+        subject = Subject(wanted.to(exact), metric.to(exact))
         if metric != Metric() or svd_error(wanted, limit) ** 2 < fit.loss:
             control, loss = plain_svd(subject, limit)
             fit = project(wanted, control, metric=metric) if loss < fit.loss else fit

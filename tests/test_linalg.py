@@ -7,7 +7,17 @@ from conftest import assert_close, must_fail
 from torch import Generator, Tensor
 
 from gmcompress.errors import GMError
-from gmcompress.linalg import cholesky, count_above, leading_vectors, spectral_norm, trailing_energy, truncated_svd
+from gmcompress.linalg import (
+    ALL,
+    PIECES,
+    cholesky,
+    count_above,
+    gram_matrix,
+    leading_vectors,
+    spectral_norm,
+    trailing_energy,
+    truncated_svd,
+)
 
 
 def randn(shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -122,3 +132,9 @@ def test_cholesky_factors_what_has_any_and_ends_where_there_are_none(generator: 
     for wrong in (torch.full((2, 2), torch.nan), torch.diag(torch.tensor([1.0, torch.inf])), -torch.eye(2)):
         with pytest.raises(GMError, match="beyond what can be computed with"):
             cholesky(wrong)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (2, 9, PIECES * ALL + 5), (3, PIECES * ALL)], ids=str)
+def test_the_gram_matrix_is_the_product(shape: tuple[int, ...], generator: Generator) -> None:
+    rows = randn(shape, generator)
+    assert_close(gram_matrix(rows), rows.mT @ rows, slack=10)
