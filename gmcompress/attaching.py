@@ -22,6 +22,7 @@ from .groups import Group
 from .kinds import view_of
 from .layers import GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from .plain import is_plain, made_anew
+from .readonly import check_assigned, read_only
 from .structure import Structure
 from .surgery import find_weight, holders, site_name
 
@@ -51,15 +52,27 @@ def _subclass(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> 
         found = dense.__reduce_ex__(self, protocol)
         return (_empty_instance, (dense, names, attached), *found[2:]) if isinstance(found, tuple) else found
 
-    members: dict[str, Any] = {key: property(_getter(CHILD + key)) for key in attached}
-    members |= {"_dense_class": dense, "_parameter_names": names, "_attached_names": attached, "__reduce_ex__": reduce}
+    def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+        if name in attached:
+            check_assigned(param, self._modules[CHILD + name])
+        dense.register_parameter(self, name, param)
+
+    members: dict[str, Any] = {key: _computed(CHILD + key) for key in attached}
+    members |= {"_dense_class": dense, "_parameter_names": names, "_attached_names": attached}
+    members |= {"__reduce_ex__": reduce, "register_parameter": register_parameter}
     made = type(f"Structured{dense.__name__}", (dense, _Attached), members)
     _SUBCLASSES[dense, names, attached] = made
     return made
 
 
-def _getter(child: str) -> Callable[[nn.Module], Tensor]:
-    return lambda module: getattr(module, child)()
+def _computed(child: str) -> property:
+    """A parameter that a child computes, which can be assigned nothing but what it computed."""
+
+    def get(module: nn.Module) -> Tensor:
+        weight = getattr(module, child)
+        return read_only(weight(), weight)
+
+    return property(get, lambda module, value: check_assigned(value, module._modules[child]))
 
 
 def _empty_instance(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> nn.Module:

@@ -11,7 +11,7 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing"),
+    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing", "readonly"),
     ("fourier", "fewrows", "signals", "nesting"),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils", "moments"),

@@ -96,7 +96,7 @@ HAZARDS = {
     "bound": (Model, (lambda self, x: self.bound(x),), ELSEWHERE),
     "own name": (Model, (called, SelfAware), REFUSED + "AssertionError"),
     "kept ready": (Model, (called, Keeps), UNREAD),
-    "limited": (Model, (called, Limited), ELSEWHERE),
+    "limited": (Model, (called, Limited), REFUSED + "GMError"),
     "scaled": (Model, (scaled,), ELSEWHERE),
     "state": (Model, (called, Renamed), REFUSED + "KeyError"),
     "no subclass": (Model, (called, Closed), "cannot compute its weight"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import GMError
 from ..linalg import usual_strides
 from ..products import Layout, keep, layout_of, prepare, why_slow
+from ..readonly import check_assigned, read_only
 from ..sharing import SharingModule
 from ..structure import Structure, expand
 from .labels import label_table
@@ -42,7 +43,7 @@ class GMLayer(SharingModule):
     and `filters` (o, r, i, n, *taps); for a factor part of rank s `left` (rows, s) and `right` (s, columns, *taps), or
     (rows, ky, s) and (s, columns, kx) where split, and with adapted bases `scales` (P, Q, s); `bias` (rows).
     `.weight` is differentiable and has the shape, dtype and device of the dense layer's (under autocast, where there is
-    no group part, the dtype of autocast); it cannot be assigned.
+    no group part, the dtype of autocast); it can be neither assigned nor written to.
 
     The weight is computed at every call, until `freeze_` chooses a path and keeps what does not depend on the input.
     """
@@ -115,7 +116,24 @@ class GMLayer(SharingModule):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, computed at every read."""
+        """The dense weight, computed at every read.
+
+        Raises:
+            GMError: something is written into it, or it is assigned another.
+        """
+        return read_only(self._expanded(), self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        check_assigned(value, self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What assigning a parameter goes through."""
+        if name == "weight":
+            check_assigned(param, self)
+        super().register_parameter(name, param)
+
+    def _expanded(self) -> Tensor:
         return expand(self._operands(), self.structure, self.weight_shape, labels=self.labels)
 
     @torch.no_grad()
@@ -175,7 +193,7 @@ class GMLayer(SharingModule):
 
     def _computed(self) -> Tensor:
         """What the dense path needs: the weight."""
-        return self.weight
+        return self._expanded()
 
     def _stored(self) -> list[nn.Parameter]:
         return [each for name in self.PARTS if (each := self._parameters.get(name)) is not None]

@@ -16,7 +16,7 @@ from ..structure import Structure
 from .base import GMLayer, filled
 
 
-class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc, override]
+class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc]
     """A convolution whose channel matrices, one for each tap, are made of group matrices; drop-in for `nn.Conv2d`.
 
     The group acts on the channels; the taps are carried along, or acted upon where the structure says so, as in

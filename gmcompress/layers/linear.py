@@ -12,7 +12,7 @@ from ..structure import Structure
 from .base import GMLayer, filled
 
 
-class GMLinear(GMLayer, nn.Linear):  # type: ignore[misc, override]
+class GMLinear(GMLayer, nn.Linear):  # type: ignore[misc]
     """A linear layer whose weight is made of group matrices; drop-in for `nn.Linear`.
 
     `structure` is a string such as "C8xC8+displacement:2" or "adapted:8:4x4", a Group or a Structure; `rank` and

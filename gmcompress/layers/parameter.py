@@ -58,7 +58,7 @@ class GMWeight(GMLayer):
         return self._dense()
 
     def _computed(self) -> Tensor:
-        found = self.view.parameter(self.weight)
+        found = self.view.parameter(self._expanded())
         if self.zero_row is None:
             return found
         return found.masked_fill(torch.arange(len(found), device=found.device)[:, None] == self.zero_row, 0)

@@ -1,0 +1,97 @@
+"""Computed weights are read like any tensor, and what would be written into them and lost is refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+import zoo
+from conftest import assert_close
+from torch import nn
+
+import gmcompress as gm
+
+
+def layers():
+    """A layer that was replaced, one with a weight attached, and both frozen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    small = gm.compress(model, "C4", rank=1).model.eval()
+    return [*small[:2], *gm.freeze(small, "dense")[:2]]
+
+
+def iadd(weight):
+    weight += 1
+
+
+def data_iadd(weight):
+    weight.data += 1  # as PEFT merges
+
+
+def assign_data(weight):
+    weight.data = torch.zeros(2)  # as transformers resizes
+
+
+def assign_row(weight):
+    weight[0] = 0
+
+
+WRITES = [
+    iadd,
+    data_iadd,
+    assign_data,
+    assign_row,
+    nn.init.normal_,
+    lambda weight: weight.data.copy_(torch.zeros_like(weight)),
+    lambda weight: weight.detach().clamp_(-1, 1),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_what_would_be_lost_is_refused(write):
+    for layer in layers():
+        before = layer.weight.clone()
+        with pytest.raises(gm.GMError, match=r"would be lost; gmcompress.densify\(model, \[its name\]\)"):
+            write(layer.weight)
+        assert torch.equal(layer.weight, before)
+    write(nn.Linear(8, 8).weight)
+
+
+def test_all_else_is_as_with_any_tensor():
+    for layer in layers():
+        weight = layer.weight
+        for made in (weight.clone(), 2 * weight, nn.Parameter(weight).data, copy.deepcopy(weight.detach())):
+            assert type(made) is torch.Tensor
+            made.zero_()
+        parameter = nn.Parameter(weight)
+        assert (type(parameter), parameter.is_leaf) == (nn.Parameter, True)
+        file = io.BytesIO()
+        torch.save(weight.detach(), file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=True), weight)
+        assert not isinstance(weight, nn.Parameter)
+        assert torch.equal(weight.data, weight)
+
+
+def test_a_compiled_function_takes_one_that_was_handed_out():
+    weight, x = layers()[1].weight.detach(), torch.randn(2, 8)
+    compiled = torch.compile(nn.functional.linear, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x, weight), nn.functional.linear(x, weight))
+
+
+def test_tying_again_is_harmless_and_another_value_refused():
+    model = zoo.MODELS["tied"].build()
+    small = gm.compress(model, "C4", rank=1, include="*").model
+    before = {name: id(each) for name, each in small.named_parameters(remove_duplicate=False)}
+    small.head.weight = small.embedding.weight
+    assert {name: id(each) for name, each in small.named_parameters(remove_duplicate=False)} == before
+    assert small.head.structured_weight is small.embedding.structured_weight
+    other = nn.Linear(8, 16)
+    for layer in (small.head, small.body):
+        for value in (other.weight, other.weight.data, None, small.head.weight.clone()):
+            with pytest.raises(gm.GMError, match="computed and cannot be assigned"):
+                layer.weight = value
+    dense = gm.densify(small, ["embedding"])
+    dense.head.weight = dense.embedding.weight = nn.Parameter(torch.zeros(16, 8))
+    assert not dense(torch.arange(4)).any()
