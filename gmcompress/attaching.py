@@ -24,9 +24,11 @@ from .layers import GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from .plain import is_plain, made_anew
 from .readonly import check_assigned, read_only
 from .structure import Structure
-from .surgery import find_weight, holders, site_name
+from .surgery import find_weight, holders, module_at, site_name
 
 CHILD = "structured_"  # and the name of the parameter: the child that holds the GMWeight
+TIES = "_tied_weights_keys"  # where a model of transformers maps the tied parameters to what they are tied to
+PATTERN = (f"({CHILD})?", r"\b")  # before and after the name of a computed one there, so that its parts are found
 
 
 class _Attached:
@@ -251,7 +253,31 @@ def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool
             weight = weights.get(id(each.parameter))
             if weight is not None:
                 attach_(each.module, each.key, weight)
+    _follow_ties_(changed)
     return changed
+
+
+def _follow_ties_(model: nn.Module) -> None:
+    """Where a model declares its tied parameters by name, name the parts of those that are computed now, and no others.
+
+    Such a declaration is what transformers ties weights by, and what it saves once.
+    """
+    for module in model.modules():
+        declared = vars(module).get(TIES, getattr(type(module), TIES, None))
+        if isinstance(declared, dict):
+            found = {_tied_name(module, target): _tied_name(module, source) for target, source in declared.items()}
+            if found != declared:
+                vars(module)[TIES] = found
+
+
+def _tied_name(module: nn.Module, declared: str) -> str:
+    """The name of a parameter of a module, as a pattern where it is computed."""
+    before, after = PATTERN
+    name = declared.replace(before, "").removesuffix(after)
+    path, _, key = name.rpartition(".")
+    holder = module_at(module, path)
+    computed = isinstance(holder, _Attached) and key in holder._attached_names
+    return f"{path}.{before}{key}{after}".removeprefix(".") if computed else name
 
 
 def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
@@ -276,18 +302,23 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             parameter = nn.Parameter(weight().detach().clone(), requires_grad=weight.trains)
             for module, key in places:
                 _detach_(module, key, parameter)
+    _follow_ties_(dense)
     return dense
 
 
 def remember(model: nn.Module) -> Callable[[], None]:
     """What puts all modules of a model back as they are now: classes, parameters and children, not their values."""
     ours = (each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule))  # others cannot change
-    kept = [(each, type(each), vars(each), dict(each._parameters), dict(each._modules)) for each in ours]
+    kept = [
+        (each, type(each), vars(each), dict(vars(each)), each._parameters.copy(), each._modules.copy()) for each in ours
+    ]
 
     def put_back() -> None:
-        for module, cls, attributes, parameters, children in kept:
+        for module, cls, attributes, held, parameters, children in kept:
             _change_class(module, cls)
             object.__setattr__(module, "__dict__", attributes)
+            attributes.clear()
+            attributes.update(held)
             module._parameters.clear()
             module._parameters.update(parameters)
             module._modules.clear()

@@ -270,17 +270,18 @@ def find_weight(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     Raises:
         GMError: the model has no module or parameter of that name.
     """
-    module = _module(model, name)
+    module = module_at(model, name)
     if module is not None:
         return module, "weight"
     path, _, key = name.rpartition(".")
-    module = _module(model, path)
+    module = module_at(model, path)
     if module is not None and module._parameters.get(key) is not None:
         return module, key
     return get_modules(model, [name])[name], "weight"  # tells the nearest names
 
 
-def _module(model: nn.Module, path: str) -> nn.Module | None:
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of this name, None where there is none."""
     found: nn.Module | None = model
     for each in path.split(".") if path else ():
         found = None if found is None else found._modules.get(each)

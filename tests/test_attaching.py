@@ -223,6 +223,8 @@ def test_a_module_that_lets_nothing_be_set_on_it():
 
 def test_in_place_rolls_back_whole():
     class Refuses(nn.Module):
+        _tied_weights_keys = {"again.weight": "table.weight"}  # noqa: RUF012 # as transformers declares it
+
         def __init__(self):
             super().__init__()
             self.body, self.table, self.again = nn.Linear(8, 8), nn.Embedding(8, 8), nn.Linear(8, 8)
@@ -241,11 +243,13 @@ def test_in_place_rolls_back_whole():
         with pytest.raises(gm.GMError, match="not my table"):
             gm.compress(model, plan=plan, inplace=True, **options)
         assert [type(each) for each in model.children()] == [nn.Linear, nn.Embedding, nn.Linear, nn.BatchNorm1d]
+        assert "_tied_weights_keys" not in vars(model)
         after = model.state_dict(keep_vars=True)
         assert list(after) == list(before)
         assert all(id(after[name]) == key and torch.equal(after[name], old) for name, (key, old) in before.items())
     assert gm.compress(model.train(), "C4", rank=1, inplace=True).model is model
     assert model.table.structured_weight is model.again.structured_weight
+    assert vars(model)["_tied_weights_keys"] != Refuses._tied_weights_keys == gm.densify(model)._tied_weights_keys
 
 
 def test_the_root_itself_can_be_attached_to_in_place():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import assert_close
+from safetensors.torch import load_file
 
 import gmcompress as gm
 from gmcompress.attaching import structured
@@ -26,8 +27,8 @@ DECODER = {
 }
 
 
-def bert():
-    return transformers.BertForSequenceClassification(
+def bert(cls=transformers.BertForSequenceClassification):
+    return cls(
         transformers.BertConfig(
             vocab_size=TOKENS,
             hidden_size=32,
@@ -49,7 +50,7 @@ def llama(*, tied):
     )
 
 
-def gpt2():
+def gpt2(*, tied=False):
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=TOKENS,
@@ -57,7 +58,7 @@ def gpt2():
             n_layer=2,
             n_head=4,
             n_positions=32,
-            tie_word_embeddings=False,  # so that at least the head is a linear layer of its own
+            tie_word_embeddings=tied,
             bos_token_id=1,
             eos_token_id=None,
             pad_token_id=0,
@@ -81,7 +82,7 @@ MODELS = {
     "llama": (lambda: llama(tied=False), {"budget": "70%"}),
     "llama, tied": (lambda: llama(tied=True), {"budget": "70%"}),
     "mixtral": (mixtral, {"budget": "50%"}),
-    "gpt2": (gpt2, {"budget": "97%", "include": "lm_head"}),
+    "gpt2": (gpt2, {"budget": "97%", "include": "lm_head"}),  # not tied: at least the head is a linear layer of its own
 }
 
 
@@ -165,3 +166,42 @@ def test_the_matrices_of_all_experts_are_one():
     turned = transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts
     assert layouts_of(turned)["down_proj"] == "oio"
     assert layouts_of(transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter) == {}
+
+
+TIED = {
+    "llama": lambda: llama(tied=True),
+    "gpt2": lambda: gpt2(tied=True),
+    "bert": lambda: bert(transformers.BertForMaskedLM),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_what_is_tied_stays_tied_in_the_hands_of_transformers(name, tmp_path):
+    torch.manual_seed(0)
+    model = TIED[name]().double().eval()
+    small = gm.compress(model, "C4xC4", rank=1).model
+    expected, held = small(**batch()).logits, [id(each) for each in small.parameters()]
+    for each in (small, copy.deepcopy(small)):
+        each.tie_weights()
+        each.resize_token_embeddings(TOKENS)
+        assert torch.equal(each(**batch()).logits, expected)
+        assert len(list(each.parameters())) == len(held)
+    assert [id(each) for each in small.parameters()] == held
+    small.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(each.numel() for each in stored.values() if each.is_floating_point()) == stored_parameters(small)
+    with pytest.raises(gm.GMError, match="would be lost"):
+        small.resize_token_embeddings(TOKENS + 8)
+    head, words = small.get_output_embeddings(), small.get_input_embeddings()
+    assert head.structured_weight is words.structured_weight
+    (table,) = (key for key, each in structured(small).items() if each is words.structured_weight)
+    plain = gm.densify(small, [table])
+    plain.resize_token_embeddings(TOKENS + 8)
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    assert_close(plain(**batch()).logits[..., :TOKENS], expected)
+    gm.densify(small).tie_weights()
+    model.tie_weights()
+
+
+def stored_parameters(model):
+    return sum(each.numel() for each in model.parameters())
