@@ -3,7 +3,8 @@
 A model may ask for the very type of a layer, unpack its parameters, write into them or keep them elsewhere. So before
 anything is planned the weights are changed, once where they are, and once as structured weights of the trivial group
 with a residual, which hold any matrix. Where the second model does not run, or computes something else, a layer has to
-stay dense; so has one whose module runs without reading the weight.
+stay dense; so has one whose module runs without reading the weight. Without inputs to run it on the code is followed by
+torch.fx, where that can: code that reads a weight otherwise than as an attribute of its module sees no computed one.
 """
 
 from __future__ import annotations
@@ -26,19 +27,33 @@ from .copies import duplicate, evaluating, state_of
 from .errors import GMError, said
 from .layers import GMLayer, GMWeight
 from .nesting import describe, laid_open
-from .surgery import Inputs, Site, count_calls, find_weight, read_weight, run, run_seeded, shell, trace, write_weight
+from .surgery import (
+    Inputs,
+    Site,
+    Tracer,
+    count_calls,
+    find_weight,
+    holders,
+    read_weight,
+    run,
+    run_seeded,
+    shell,
+    trace,
+    write_weight,
+)
 
 ANY = "C1+lowrank:1"  # what all matrices are; who computes with the stored tensors instead finds other products
 RUNS = 60  # of a model that refuses some weights, at most; those that are not sorted by then stay dense
 REFUSED = "the model's code does not take a computed weight here: "
 ELSEWHERE = "with a computed weight here the model's outputs change, so its code gets at the weight on a way of its own"
+ASIDE = "the model's code gets at the weight on a way of its own, such as a loop over all parameters"
 UNREAD = "its module runs without reading it, so its code keeps what it once made of it"
 
 
 def rehearsed_sites(model: nn.Module, inputs: Inputs | None) -> tuple[Site, ...]:
     """The sites of `trace`, with an obstacle where the model does not run with a computed weight as with a dense one.
 
-    Without inputs there is no rehearsal.
+    Without inputs there is no rehearsal, and torch.fx tells what it can.
 
     Raises:
         GMError: as `trace`.
@@ -55,8 +70,11 @@ def rehearsed_sites(model: nn.Module, inputs: Inputs | None) -> tuple[Site, ...]
     """
     sites = trace(model, inputs)
     free = [site for site in sites if not site.obstacle]
-    if inputs is None or not free:
+    if not free:
         return sites
+    if inputs is None:
+        aside = _read_aside(model)
+        return tuple(changed(each, obstacle=each.obstacle or ASIDE * (each.name in aside)) for each in sites)
     refused = dict.fromkeys(_unread(model, inputs, free), UNREAD)
     if names := [site.name for site in free if site.name not in refused]:
         rehearsal = _Rehearsal.of(model, inputs, names)
@@ -66,18 +84,41 @@ def rehearsed_sites(model: nn.Module, inputs: Inputs | None) -> tuple[Site, ...]
 
 
 class _Reads(TorchDispatchMode):
-    """Notes which tensors, by the memory of their values, any operation takes; reading a shape or a dtype is none."""
+    """Notes which parameters of a model, by the memory of their values, any operation takes.
 
-    def __init__(self, names: Mapping[int, list[str]]) -> None:
+    Reading a shape or a dtype is none, nor is making a view or a tensor of the same kind.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.names = names
+        self.names: dict[int, list[str]] = {}
+        for name, each in model.named_parameters():
+            self.names.setdefault(_memory(each), []).append(name)
         self.seen: set[str] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for each in tree_leaves((args, kwargs)):
+    def note(self, taken: Any) -> None:
+        for each in tree_leaves(taken):
             if isinstance(each, Tensor):
                 self.seen.update(self.names.get(_memory(each), ()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if not (func.is_view or name.startswith("new_") or name.endswith("_like")):
+            self.note((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+class _Following(Tracer):
+    """Notes which parameters come into a graph on other ways than as an attribute of their module."""
+
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            self.reads.note(a)
+        return super().create_arg(a)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -97,10 +138,7 @@ def watch(model: nn.Module, inputs: Inputs) -> tuple[Counter[str], set[str]] | N
     calls: Counter[str] = Counter()
     watched = shell(model)
     count_calls(watched, calls)
-    names: dict[int, list[str]] = {}
-    for name, each in watched.named_parameters():
-        names.setdefault(_memory(each), []).append(name)
-    reads = _Reads(names)
+    reads = _Reads(watched)
     try:
         with reads:
             run(watched, inputs)
@@ -116,6 +154,16 @@ def _unread(model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> set[str]
         return set()
     read = {id(each) for name, each in model.named_parameters() if name in watched[1]}
     return {site.name for site in sites if site.calls and id(_parameter(model, site.name)) not in read}
+
+
+def _read_aside(model: nn.Module) -> set[str]:
+    """The weights that code reads otherwise than as attributes, as far as torch.fx can follow it."""
+    followed = shell(model)
+    reads = _Reads(followed)
+    with suppress(Exception), reads:  # control flow, unusual arguments
+        _Following(reads).trace(followed)
+    read = {id(each) for name, each in followed.named_parameters() if name in reads.seen}
+    return {held[0].name for held in holders(followed) if id(held[0].parameter) in read}
 
 
 @dataclass

@@ -334,8 +334,13 @@ def count_calls(model: nn.Module, calls: Counter[str]) -> None:
             module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name]))
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """torch.fx as torchvision and timm use it: what timm marks as untraceable stays a leaf."""
+
+    def __init__(self) -> None:
+        from timm.models import get_notrace_functions
+
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         from timm.models import is_notrace_module
@@ -345,10 +350,8 @@ class _Tracer(fx.Tracer):
 
 def _calls_by_fx(model: nn.Module) -> Counter[str] | None:
     """How often each leaf module is called in the graph that torch.fx sees, or None where it cannot trace."""
-    from timm.models import get_notrace_functions
-
     try:
-        graph = _Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(shell(model))
+        graph = Tracer().trace(shell(model))
     except Exception:  # control flow, unusual arguments: the caller goes on from the modules alone
         return None
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")

@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import gmcompress as gm
 from gmcompress.attaching import structured
 from gmcompress.copies import duplicate
-from gmcompress.rehearsal import ELSEWHERE, REFUSED, RUNS, UNREAD, _Rehearsal, agree, rehearsed_sites
+from gmcompress.rehearsal import ASIDE, ELSEWHERE, REFUSED, RUNS, UNREAD, _Rehearsal, agree, rehearsed_sites
 from gmcompress.surgery import read_weight, run, trace
 
 
@@ -102,6 +102,8 @@ HAZARDS = {
     "no subclass": (Model, (called, Closed), "cannot compute its weight"),
 }
 
+FOLLOWED = ("unpacked", "state dict", "parameter", "kept aside", "bound", "scaled")  # known without inputs
+
 
 @pytest.mark.parametrize("way", [{"rank": 1}, {"budget": "85%"}], ids=["rank", "budget"])
 @pytest.mark.parametrize("name", HAZARDS)
@@ -120,7 +122,40 @@ def test_what_is_refused_stays_dense_and_the_rest_does_not(name, way, tmp_path):
     gm.save(result, tmp_path / "small")
     assert_close(run(gm.load(tmp_path / "small", cls(*arguments)), x), run(result.model, x))
     assert gm.doctor(model, x, "C4").works
-    assert not rehearsed_sites(model, None)[0].obstacle, "without inputs nothing is known of it"
+    obstacles = {site.name: site.obstacle for site in rehearsed_sites(model, None)}
+    assert obstacles == {"picky": ASIDE if name in FOLLOWED else "", "free": "", "head": ""}
+
+
+def test_without_inputs_a_loop_over_all_parameters_is_seen():
+    class Loops(nn.Module):
+        def __init__(self, read):
+            super().__init__()
+            self.body, self.table, self.head, self.read = nn.Linear(8, 8), nn.Embedding(8, 8), nn.Linear(8, 3), read
+
+        def forward(self, x):
+            return self.head(self.body(x + self.table.weight[0])) + self.read(self)
+
+    hazards = [
+        lambda model: sum(each.square().sum() for each in model.parameters()),
+        lambda model: sum(each.data.abs().max() for _, each in model.named_parameters()),
+        lambda model: torch.cat([each.detach().flatten() for each in model.state_dict().values()]).norm(),
+    ]
+    for read in hazards:
+        assert [site.obstacle for site in rehearsed_sites(Loops(read), None)] == [ASIDE] * 3
+        with pytest.raises(gm.GMError, match="no layer"):
+            gm.compress(Loops(read), "C4", rank=1)
+    harmless = [
+        lambda model: sum(each.weight.square().sum() for each in model.children()),
+        lambda model: next(model.parameters()).new_zeros(3) + sum(each.numel() for each in model.parameters()),
+        lambda model: torch.zeros(3, dtype=next(model.parameters()).dtype),
+    ]
+    for read in harmless:
+        model, x = Loops(read), torch.randn(2, 8)
+        assert not any(site.obstacle for site in rehearsed_sites(model, None))
+        small = gm.compress(model, "C4", rank=1).model
+        assert structured(small)
+        if read is not harmless[1]:  # which counts the parameters
+            assert_close(run(gm.densify(small), x), run(small, x))
 
 
 def test_what_is_written_at_a_change_of_mode_is_not_lost():
