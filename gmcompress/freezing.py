@@ -59,11 +59,14 @@ def freeze(model: Any, path: str = "auto", *, inputs: Inputs | None = None, repe
     layers = structured(frozen)
     if not layers:
         raise GMError("the model has no structured layer; compress it first")
+    chosen: dict[str, Verdict] = {}
     if path == "auto":
         assert inputs is not None
-        _measure(frozen, layers, inputs, repeats)
-    for layer in layers.values():
-        if not layer.is_frozen:
+        chosen = _measured(evaluating(duplicate(network, {})), inputs, repeats)  # a run may write into its tensors
+    for name, layer in layers.items():
+        if name in chosen:
+            layer.freeze_(chosen[name].path, chosen[name])
+        elif not layer.is_frozen:
             _force(layer, path)
     if not isinstance(model, Result):
         return frozen
@@ -93,12 +96,13 @@ def _force(layer: GMLayer, path: str) -> None:
         layer.freeze_("dense", Verdict("dense", reason=reasons.get(path, str(problem))))
 
 
-def _measure(model: nn.Module, layers: dict[str, GMLayer], inputs: Inputs, repeats: int) -> None:
-    """Freeze every layer that the model calls, each when it is first called, equal layers alike.
+def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdict]:
+    """A verdict on every layer that the model calls, each frozen when it is first called, equal layers alike.
 
     Raises:
         GMError: the model does not run on the inputs.
     """
+    layers = structured(model)
     known: dict[Any, tuple[str, Verdict]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -122,6 +126,7 @@ def _measure(model: nn.Module, layers: dict[str, GMLayer], inputs: Inputs, repea
     finally:
         for handle in handles:
             handle.remove()
+    return {name: each.verdict for name, each in layers.items() if each.verdict is not None}
 
 
 def _compare(layer: GMLayer, given: Tensor, repeats: int) -> Verdict:

@@ -71,10 +71,12 @@ class Job:
             raise GMError(f"effort is a positive multiple of the usual one, not {effort!r}")
         device = next((each.device for each in model.parameters()), None)
         batches = [] if data is None else take(data, samples=samples, device=device)
-        kept = undivided(model, batches)
+        trial = private(model) if batches else None
+        kept = [] if trial is None else undivided(trial, batches)
         if inputs is None and batches:
             inputs = first_of(batches[0], EXAMPLES) if is_divisible(kept[0]) else batches[0]
-        return cls(model if inplace else apart(model, inputs), group, kept, inputs, float(effort), progress)
+        free = model if inplace else apart(model, inputs, trial=trial)
+        return cls(free, group, kept, inputs, float(effort), progress)
 
     def calibration(self, dense: nn.Module, names: Sequence[str]) -> Calibration | None:
         """What the data says about the dense model, once for all layers asked for together; None without data."""
@@ -197,26 +199,23 @@ def _naming(layer: str) -> Iterator[None]:
         raise GMError(f"layer {layer or '(the model itself)'!r}: {problem}") from None
 
 
-def undivided(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
+def undivided(trial: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
     """The batches, marked as whole where the model runs on all of one but not on an example by itself.
 
     So it is where the first axis holds frames, or places of a sequence, or where the model fixes its size; a last batch
-    that is smaller than that is left out.
+    that is smaller than that is left out. `trial` is a copy of the model, whose tensors a run may change.
     """
     first: dict[str, tuple[Inputs, Inputs]] = {}
     for each in filter(is_divisible, batches):
         one = first_of(each, 1)
         first.setdefault(describe(one), (one, each))
-    if not first:
-        return list(batches)
-    copied = private(model)  # whose parameters a run may change
-    bound = {key: each for key, (one, each) in first.items() if not _runs(copied, one) and _runs(copied, each)}
+    bound = {key: each for key, (one, each) in first.items() if not _runs(trial, one) and _runs(trial, each)}
     found = []
     for each in batches:
         fits = bound.get(describe(first_of(each, 1)))
         if fits is None:
             found.append(each)
-        elif describe(each) == describe(fits) or _runs(copied, each):
+        elif describe(each) == describe(fits) or _runs(trial, each):
             found.append(whole(each))
     return found
 
@@ -229,17 +228,19 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
     return True
 
 
-def apart(model: nn.Module, inputs: Inputs | None) -> nn.Module:
+def apart(model: nn.Module, inputs: Inputs | None, *, trial: nn.Module | None = None) -> nn.Module:
     """The model, or a copy of it where a run writes into its parameters, so that they stay as they are.
+
+    That is tried on `trial`, a copy. A shell, which shares the parameters, has buffers of its own.
 
     Raises:
         GMError: the model does not run on the inputs.
     """
     if inputs is None:
         return model
-    copied = private(model)
-    run_seeded(copied, inputs)
-    pairs = zip(model.parameters(), copied.parameters(), strict=True)
+    trial = private(model) if trial is None else trial
+    run_seeded(trial, inputs)
+    pairs = zip(model.parameters(), trial.parameters(), strict=True)
     same = (torch.equal(old, new) for old, new in pairs if old.layout is torch.strided)
     return model if all(same) else duplicate(model, {})
 

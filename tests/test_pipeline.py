@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import gmcompress as gm
+from gmcompress import jobs
 from gmcompress.attaching import structured
 from gmcompress.copies import duplicate
+from gmcompress.jobs import private
 from gmcompress.layers import GMLayer
 from gmcompress.pipeline import check_outputs
 from gmcompress.surgery import call, run
@@ -247,6 +249,39 @@ def test_a_model_that_writes_into_its_parameters_is_left_as_it_was():
         assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     run(model, x)
     assert not torch.equal(model.slow.weight, before["slow.weight"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"inputs": torch.ones(9, 8)}, {"data": [torch.ones(9, 8)] * 2}], ids=["inputs", "data"]
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_a_model_counts_while_it_runs_stays_as_it_was(options, inplace):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+            self.register_buffer("runs", torch.tensor(0))
+
+        def forward(self, x):
+            self.runs += 1
+            return self.head(torch.relu(self.body(x)))
+
+    model = Counts()
+    result = gm.compress(model, "C4", budget="80%", inplace=inplace, **options)
+    frozen = gm.freeze(result)
+    assert not any(int(each.runs) for each in (model, result.model, frozen.model))
+    assert (result.model is model) == inplace
+    frozen.model(torch.ones(2, 8))
+    assert int(frozen.model.runs) == 1, "the control"
+
+
+def test_one_copy_is_enough_to_learn_what_a_run_does(monkeypatch):
+    copies = []
+    monkeypatch.setattr(jobs, "private", lambda model: copies.append(private(model)) or copies[-1])
+    for options, expected in (({}, 0), ({"inputs": torch.ones(9, 8)}, 1), ({"data": torch.ones(9, 8)}, 1)):
+        copies.clear()
+        jobs.Job.of(zoo.mlp(), "C4", options.get("inputs"), options.get("data"), 9, 1.0, None)
+        assert len(copies) == expected
 
 
 def test_inputs_are_left_as_they_were():
