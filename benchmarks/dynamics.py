@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from dynamics_models import ROWS, Forecaster, Row
-from dynamics_training import JUDGED, Data, Recipe, errors, judged, train, unchanged
+from dynamics_training import JUDGED, Data, DivergenceError, Recipe, errors, judged, train, unchanged
 from rich.console import Console
 from rows import append_row, cell, machine, measured_before, prepare_device, shown_command, summary
 
@@ -93,9 +93,7 @@ def rates(bench: Bench, row: Row) -> dict[str, float]:
     for lr in bench.recipe.rates if before is None else ():
         try:
             model, _ = learn(bench, row, lr, seed=0, steps=max(1, round(bench.recipe.trial * bench.recipe.steps)))
-        except GMError as problem:
-            if "is no number" not in str(problem):
-                raise
+        except DivergenceError:
             continue
         found[f"{lr:g}"] = errors(model, bench.data.held_out, HORIZON)["velocity"]
     if not found:

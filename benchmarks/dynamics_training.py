@@ -20,6 +20,10 @@ FIRST, SPLIT, LAST = 12, 36, 60  # steps from which, and up to which, there is l
 JUDGED = ("future", "domain")
 
 
+class DivergenceError(GMError):
+    """A loss is no longer a number: the rate was too large."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained; everything that the result depends on, besides network, data and seed.
@@ -104,7 +108,7 @@ def train(
     """Trains where it lies; returns the mean loss of the last tenth of the steps, and the seconds.
 
     Raises:
-        GMError: the loss is no longer a number.
+        DivergenceError: the loss is no longer a number.
     """
     begun, found = time.perf_counter(), []
     every = windows(states, SEEN + recipe.unrolled, 1)
@@ -126,7 +130,7 @@ def train(
             found.append(float(loss.detach()))
     mean = sum(found) / len(found)
     if not math.isfinite(mean):
-        raise GMError(f"the loss is no number after {steps} steps; take smaller rates than {lr}")
+        raise DivergenceError(f"the loss is no number after {steps} steps; take smaller rates than {lr}")
     return mean, time.perf_counter() - begun
 
 

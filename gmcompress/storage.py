@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .attaching import CHILD, empty, exchange, structured
 from .batches import is_divisible
@@ -61,30 +61,22 @@ def save(
     """Write a compressed model to a folder that takes the place of an older one, whole or not at all.
 
     `inputs` (those of a Result, or one random image for a timm model, where left out) make the stored pair of inputs
-    and outputs by which `load` checks itself. Without any, or where those of a Result do not fit or cannot be stored,
-    there is no such pair, and a warning says so.
+    and outputs by which `load` checks itself. Without any, where those of a Result cannot be stored, or where the model
+    does not take the random image, there is no such pair, and a warning says so.
 
     Raises:
-        GMError: a wrapped model, state that safetensors cannot hold, inputs given that the model does not accept or
-            that cannot be stored, a source that is not "timm:...", or no place to write.
+        GMError: a wrapped model, state that safetensors cannot hold, inputs, given or a Result's, that the model does
+            not accept, inputs given that cannot be stored, a source that is not "timm:...", or no place to write.
     """
     place = usable(folder)
     plan = model.plan if isinstance(model, Result) else None
-    given = inputs is not None
-    if isinstance(model, Result):
-        inputs = model.inputs if inputs is None else inputs
-        model = model.model
+    known = model.inputs if isinstance(model, Result) else None
+    model = model.model if isinstance(model, Result) else model
     check_model(model)
     if source is not None and not source.startswith("timm:"):
         raise GMError(f'a source is "timm:" and the name of a model, not {source!r}')
     tensors, aliases = _distinct(model)
-    try:
-        pair = _pair(model, _example(model) if inputs is None else inputs)
-        missing = "" if pair else "; pass inputs="
-    except GMError as problem:
-        if given:
-            raise
-        pair, missing = {}, f": {problem}"
+    pair, missing = _own_pair(model, known) if inputs is None else (_pair(model, inputs), "")
     if missing:
         warnings.warn(
             f"saved without example inputs, so load() cannot run the model to check it{missing}", stacklevel=2
@@ -205,6 +197,26 @@ def _pair(model: nn.Module, inputs: Inputs | None) -> dict[str, Any]:
         except GMError:
             pass  # a model bound to its batch size is checked on the whole batch
     return _run_pair(ready, named)
+
+
+def _own_pair(model: nn.Module, known: Inputs | None) -> tuple[dict[str, Any], str]:
+    """The pair of a model without inputs given, of a Result's `known` ones or a random image; and why there is none.
+
+    Raises:
+        GMError: the model does not run on known inputs.
+    """
+    try:
+        if known is None:
+            pair = _pair(model, _example(model))
+            return pair, "" if pair else "; pass inputs="
+        by_name(list(known) if isinstance(known, tuple) else known)
+    except GMError as problem:
+        return {}, f": {problem}"
+    device = next((each.device for each in model.parameters()), None)  # which may have changed since
+    try:
+        return _pair(model, tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, known)), ""
+    except GMError as problem:
+        raise GMError(f"{problem}, though it was compressed on these; pass inputs= on which it runs") from problem
 
 
 def _run_pair(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,8 +185,27 @@ def test_a_network_learns_to_forecast(modules: Any) -> None:
     after = training.errors(model, data.held_out, 5)["velocity"]
     assert after < 0.8 * training.errors(training.unchanged, data.held_out, 5)["velocity"]
     assert after < before
-    with pytest.raises(GMError, match="smaller rates"):
+    with pytest.raises(training.DivergenceError, match="smaller rates"):
         training.train(model, data.training, recipe, math.inf, seed=0, steps=3)
+
+
+def test_only_a_rate_at_which_the_loss_is_lost_is_passed_over(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamics, training, row = modules("dynamics"), modules("dynamics_training"), modules("dynamics_models").ROWS[0]
+    options = dynamics.parse(["--smoke"])
+
+    def tried(problem: GMError) -> dict[str, float]:
+        def learn(_bench: Any, _row: Any, lr: float, **_options: Any) -> tuple[Any, dict[str, Any]]:
+            if lr > 1:
+                raise problem
+            return training.unchanged, {}
+
+        monkeypatch.setattr(dynamics, "learn", learn)
+        data, recipe = training.Data.made(1, 1), training.Recipe(rates=(1.0, 2.0))
+        return dynamics.rates(dynamics.Bench(data, recipe, torch.device("cpu"), options, {}, None), row)
+
+    assert list(tried(training.DivergenceError("the loss is no number"))) == ["1"]
+    with pytest.raises(GMError, match="another"):
+        tried(GMError("another fault, which is no number either"))
 
 
 def test_every_row_runs_keeps_to_its_size_and_is_taken_over(

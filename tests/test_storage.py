@@ -338,6 +338,14 @@ def test_inputs_of_a_result_that_cannot_be_stored_are_left_out(tmp_path):
         gm.save(result, tmp_path / "other", inputs=inputs)
 
 
+def test_a_result_that_does_not_run_on_its_own_inputs_is_not_saved_without_a_check(tmp_path):
+    result = gm.compress(zoo.mlp(), "C4", rank=1, inputs=torch.randn(2, 8))
+    result.model[2] = nn.Linear(5, 3)
+    with pytest.raises(gm.GMError, match="though it was compressed on these; pass inputs="):
+        gm.save(result, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
 def test_strides_are_those_of_the_model_given(tmp_path):
     def build():
         return nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)
