@@ -22,7 +22,7 @@ from .factors import Metric
 from .files import json_digest
 from .groups import Group
 from .groups import group as parse_group
-from .metrics import count_macs, layer_positions, stored_bytes
+from .metrics import count_macs, replaced_positions, stored_bytes
 from .nesting import describe
 from .notes import Notes, data_digest, model_digest
 from .planning import Plan, eligible
@@ -127,7 +127,7 @@ class Job:
         totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
         positions = None
         if self.inputs is not None:
-            positions = layer_positions(dense, self.inputs, [*names, *chosen.prescribed])
+            positions = replaced_positions(dense, self.inputs, [*names, *chosen.prescribed])
             totals["macs"] = count_macs(dense, self.inputs)[0]
         table = Table(chosen, sites, {}, str(bound), totals, positions, itemsizes, bool(self.batches))
         for each in budgets:

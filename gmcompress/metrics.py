@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attaching import CHILD, dense_class, structured
+from .attaching import CHILD, dense_class, is_replaced, structured
 from .copies import state_of
 from .errors import GMError
 from .groupconv import GroupConv
@@ -34,11 +34,11 @@ class Metrics:
     """What a model costs. Everything that needs example inputs is None without them.
 
     `parameters` counts tied ones once; `bytes` are those of the tensors that a checkpoint holds. `macs` are the
-    multiply-adds of one forward pass by formula, over all linear and convolution layers, those on groups and the
-    projections of nn.MultiheadAttention among them, as they are executed; of a layer on a group its matrix products and
-    convolutions count, no products entry by entry. `counted_macs` are those of torch's FlopCounterMode, which also sees
-    attention products and other calls that no layer owns, but no elementwise products, as a frozen layer has in place
-    of small matrix products for up to 4 inputs.
+    multiply-adds of one forward pass by formula, over all linear, convolution and recurrent layers, those on groups and
+    the projections of nn.MultiheadAttention among them, as they are executed; of a layer on a group its matrix products
+    and convolutions count, no products entry by entry. `counted_macs` are those of torch's FlopCounterMode, which also
+    sees attention products and other calls that no layer owns, but neither an LSTM that a CPU runs in one call nor
+    elementwise products, as a frozen layer has in place of small matrix products for up to 4 inputs.
     `latency_ms` is the median over interleaved runs, `latency_spread_ms` the distance between their
     quartiles; compare latencies only within one measurement.
     """
@@ -179,12 +179,18 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int | None]:
         if isinstance(output, Tensor):
             total += layer_macs(module, output, _inputs[0] if _inputs else None)
 
+    def add_recurrent(module: nn.Module, given: Any, named: Mapping[str, Any], _output: Any) -> None:
+        nonlocal total
+        total += _recurrent_macs(module, given[0] if given else named["input"])
+
     def add_attention(module: nn.Module, given: Any, named: Mapping[str, Any], _output: Any) -> None:
         nonlocal total
         assert isinstance(module, nn.MultiheadAttention), "only those have this hook"
         total += _projection_macs(module, **dict(zip(("query", "key", "value"), given, strict=False)), **named)
 
     handles = [each.register_forward_hook(add) for each in model.modules() if is_counted(each)]
+    recurrent = (each for each in model.modules() if isinstance(each, nn.RNNBase | nn.RNNCellBase))
+    handles += [each.register_forward_hook(add_recurrent, with_kwargs=True) for each in recurrent]
     attentions = [
         each
         for each in model.modules()
@@ -211,6 +217,13 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int | None]:
 def _projection_macs(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> int:
     """Multiply-adds of the four projections, whose weights the layer hands to torch itself; all have embed_dim rows."""
     return layer.embed_dim * (2 * query.numel() + key.numel() + value.numel())
+
+
+def _recurrent_macs(layer: nn.Module, given: Any) -> int:  # (..., inputs), or a packed sequence
+    """Multiply-adds of a recurrent layer or cell, each of whose weights is applied once at every step."""
+    steps = given.data.numel() // given.data.shape[-1]
+    keys = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else ("weight_ih", "weight_hh")
+    return steps * sum(prod(_weight_shape(layer, key)) for key in keys if key.startswith("weight"))
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -256,14 +269,14 @@ def _fast_macs(layer: GMLayer, given: Tensor) -> int:
     return multiply_adds(layer.structure, layer.weight_shape, (samples, height, width), layer.window)
 
 
-def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of the parameter `weight`, dense or structured."""
-    attached = layer._modules.get(CHILD + "weight")
+def _weight_shape(layer: nn.Module, key: str = "weight") -> tuple[int, ...]:
+    """The shape of a parameter, dense or structured."""
+    attached = layer._modules.get(CHILD + key)
     if isinstance(attached, GMWeight):
         return attached.view.shape
     if isinstance(layer, GMLayer):
         return layer.weight_shape
-    weight = getattr(layer, "weight", None)  # which a subclass may have packed away
+    weight = getattr(layer, key, None)  # which a subclass may have packed away
     return tuple(weight.shape) if isinstance(weight, Tensor) else (0,)
 
 
@@ -296,6 +309,15 @@ def layer_positions(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> d
         for handle in handles:
             handle.remove()
     return counts
+
+
+def replaced_positions(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, int]:
+    """How often each weight is applied by a layer that would be replaced by a structured one; 0 for all others.
+
+    Those stay in their modules, which apply them as dense ones whatever their structure, so that none is cheaper.
+    """
+    replaced = [name for name in names if is_replaced(model, name)]
+    return dict.fromkeys(names, 0) | layer_positions(model, inputs, replaced)
 
 
 def _appliers(model: nn.Module, name: str) -> list[nn.Module]:

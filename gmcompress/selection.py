@@ -341,10 +341,11 @@ def _unreachable(
     outside, limit = fixed.get(kind, 0), limits[kind]
     least = outside + sum(smallest.values())
     together = f" together with at most {_phrase({each: limits[each] for each in beside})}" if beside else ""
-    order = sorted(smallest, key=lambda name: -smallest[name])
-    largest = ", ".join(f"{name!r} {smallest[name]:,}" for name in order[:3])
+    order = sorted((name for name in smallest if smallest[name]), key=lambda name: -smallest[name])
+    largest = ", ".join(f"{name!r} {smallest[name]:,}" for name in order[:3]) or "none"
+    where = " or in such as no structure makes cheaper to apply" if kind == "macs" else ""
     return GMError(
         f"at most {limit:,} {KINDS[kind]}{share(limit)} cannot be reached{together}: the smallest possible is "
-        f"{least:,}{share(least)}. Of these, {outside:,}{share(outside)} lie outside the layers to choose for; "
+        f"{least:,}{share(least)}. Of these, {outside:,}{share(outside)} lie outside the layers to choose for{where}; "
         f"the largest inside are {largest}"
     )

@@ -1,6 +1,7 @@
 """Metrics: counts by formula agree with torch's own counter, timing is interleaved, the model is left alone."""
 
 import itertools
+import math
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gmcompress as gm
 from gmcompress import candidates
-from gmcompress.metrics import latencies, measure_together
+from gmcompress.metrics import count_macs, latencies, measure_together
 from gmcompress.surgery import run
 
 
@@ -112,6 +113,52 @@ def test_transposed_convolutions_count():
     model = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
     found = gm.measure(model, torch.zeros(2, 4, 5, 5), repeats=2)
     assert found.macs == found.counted_macs == 2 * 4 * 25 * 3 * 9
+
+
+RECURRENT = [
+    (lambda: nn.GRU(8, 12, 2, bidirectional=True), (5, 3, 8)),
+    (lambda: nn.RNN(8, 12, batch_first=True), (5, 8)),
+    (lambda: nn.LSTM(8, 12, 2), (5, 3, 8)),
+    (lambda: nn.LSTMCell(8, 12), (3, 8)),
+    (lambda: nn.GRUCell(8, 12), (8,)),
+]
+
+
+@pytest.mark.parametrize(("build", "shape"), RECURRENT)
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_recurrent_layers_count(build, shape):
+    model = build().eval()
+    weights = sum(each.numel() for each in model.parameters() if each.dim() > 1)
+    with torch.backends.mkldnn.flags(enabled=False):  # which runs an LSTM in one call
+        assert count_macs(model, torch.randn(shape)) == (math.prod(shape[:-1]) * weights,) * 2
+    if isinstance(model, nn.RNNBase):
+        packed = nn.utils.rnn.pack_sequence([torch.randn(5, 8), torch.randn(2, 8)])
+        assert count_macs(model, {"input": packed})[0] == 7 * weights
+    else:
+        small = gm.compress(model, "C4", rank=0).model
+        assert count_macs(small, torch.randn(shape))[0] == math.prod(shape[:-1]) * weights
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_what_is_applied_as_dense_is_priced_as_dense():
+    """Weights attached to their modules have no fast product, and recurrent ones stay dense."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hooked, self.memory, self.plain = nn.Linear(64, 64), nn.GRU(64, 64), nn.Linear(64, 64)
+            self.hooked.register_forward_hook(lambda *_: None)
+
+        def forward(self, x):
+            return self.plain(self.memory(self.hooked(x))[0])
+
+    model, inputs, whole = Reads().eval(), torch.randn(2, 3, 64), 6 * 64 * 64 * 8
+    options = {"inputs": inputs, "include": "*"}
+    result = gm.compress(model, "C8xC8", budget={"macs": "95%"}, **options)
+    assert result.report.before.macs == whole
+    assert gm.measure(gm.freeze(result.model, "structured"), inputs, repeats=2).macs <= 0.95 * whole
+    with pytest.raises(gm.GMError, match="multiply-adds"):
+        gm.plan(model, "C8xC8", budget={"macs": "85%"}, **options)  # 7 of 8 parts are not to be had
 
 
 def test_without_inputs_only_what_needs_none():

@@ -16,7 +16,7 @@ from ..data import make_loader
 from ..errors import GMError
 from ..factors import Metric
 from ..files import usable, write_text
-from ..metrics import count_macs, layer_positions, stored_bytes
+from ..metrics import count_macs, replaced_positions, stored_bytes
 from ..pipeline import compress, sweep
 from ..planning import Plan, eligible
 from ..structure import Structure
@@ -129,7 +129,7 @@ class _Costs:
 
     dense: Mapping[str, int]  # parameters, bytes, macs
     itemsizes: Mapping[str, int]  # bytes of a number of each layer
-    positions: Mapping[str, int]  # how often each layer applies its weight for one image
+    positions: Mapping[str, int]  # how often each layer that would be replaced applies its weight for one image
 
     @classmethod
     def of(cls, dense: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> _Costs:
@@ -138,7 +138,7 @@ class _Costs:
         counts = {"parameters": sum(each.numel() for each in parameters), "bytes": stored_bytes(dense), "macs": macs}
         weights = {site.name: read_weight(dense, site.name) for site in sites}
         itemsizes = {name: each.element_size() for name, each in weights.items() if each is not None}
-        return cls(counts, itemsizes, layer_positions(dense, inputs, list(weights)))
+        return cls(counts, itemsizes, replaced_positions(dense, inputs, list(weights)))
 
     def after(self, plan: Plan) -> dict[str, int]:
         """The same for the network that a plan makes."""
