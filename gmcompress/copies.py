@@ -6,8 +6,8 @@ import copy
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import update_wrapper
-from types import CellType, FunctionType, MethodType
+from functools import partial, update_wrapper
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -41,6 +41,53 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for held in (vars(module), *inside):  # but for its children: what was put in may hold what it stands for
             held.update({key: _followed(each, leaves) for key, each in held.items() if callable(each)})
     return found
+
+
+def redirect_(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put other modules in the place of some, by id, wherever the parts of a model hold them.
+
+    That is as children, in lists, tuples and mappings, in functions that close over them, in objects that hold such.
+    What the new ones hold stays as it is, for it may be what they stand for.
+    """
+    _redirected(model, new, {id(each) for each in new.values()})
+
+
+def _redirected(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:
+    """What is to be held in the place of a value: it itself, changed inside where that can be, or one made anew."""
+    if id(value) in new:
+        return new[id(value)]
+    if id(value) in seen or isinstance(value, Tensor | type | ModuleType):
+        return value
+    seen.add(id(value))
+
+    def followed(held: Any) -> Any:
+        return _redirected(held, new, seen)
+
+    if isinstance(value, dict | list):
+        for key, each in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if (found := followed(each)) is not each:
+                value[key] = found
+    elif isinstance(value, tuple):
+        items = [followed(each) for each in value]
+        if any(item is not each for item, each in zip(items, value, strict=True)):
+            make: Any = getattr(type(value), "_make", type(value))  # of a named tuple
+            return make(items)
+    elif isinstance(value, MethodType):
+        owner = followed(value.__self__)
+        return value if owner is value.__self__ else MethodType(value.__func__, owner)
+    elif isinstance(value, partial):
+        followed(value.keywords)
+        function, arguments = followed(value.func), followed(value.args)
+        if function is not value.func or arguments is not value.args:
+            return partial(function, *arguments, **value.keywords)
+    elif isinstance(value, FunctionType):
+        value.__defaults__ = followed(value.__defaults__)
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # not yet filled
+                cell.cell_contents = followed(cell.cell_contents)
+    else:
+        followed(getattr(value, "__dict__", None))
+    return value
 
 
 def _check_copied(model: nn.Module, found: nn.Module, memo: Mapping[int, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
-from .copies import duplicate, evaluating
+from .copies import duplicate, evaluating, redirect_
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 from .nesting import describe, drawn, own_copy
@@ -419,7 +419,7 @@ def get_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def replace(model: nn.Module, modules: Mapping[str, nn.Module], *, inplace: bool = False) -> nn.Module:
-    """The model with other modules in the places named, wherever in it the old ones were reached; the rest is copied.
+    """The model with other modules in the places named, wherever it holds the old ones; the rest is copied.
 
     Raises:
         GMError: a name does not exist, the model cannot be copied, or inplace=True would have to replace the root.
@@ -436,9 +436,5 @@ def replace(model: nn.Module, modules: Mapping[str, nn.Module], *, inplace: bool
         raise GMError(
             "the model itself is the layer to be replaced, which inplace=True cannot do; use the result's model"
         )
-    new_by_id = {id(old[name]): new for name, new in modules.items()}
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and id(child) in new_by_id:
-                parent._modules[key] = new_by_id[id(child)]
+    redirect_(model, {id(old[name]): new for name, new in modules.items()})
     return model

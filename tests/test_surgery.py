@@ -1,6 +1,8 @@
 """Surgery: sites and roles are found, what cannot be replaced says why, replacing reaches every name."""
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -150,6 +152,43 @@ def test_replace_in_place_and_at_the_root():
     assert gm.replace(root, {"": new}) is new
     with pytest.raises(gm.GMError, match="inplace=True cannot"):
         gm.replace(root, {"": new}, inplace=True)
+
+
+class Holds(nn.Module):
+    """Runs its layer from wherever a module may hold it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = body = nn.Linear(4, 4)
+        self.ways = nn.ModuleDict({"inside": nn.Sequential(self.body)})
+        self.listed, self.named, self.paired = [self.body], {"body": [self.body]}, (1, self.body)
+        self.closed, self.bound = lambda x: body(x), functools.partial(self.run, self.body)
+        self.held, self.again = types.SimpleNamespace(body=self.body), self.run
+        self.tower = [nn.Sequential(self.body)]  # of which torch does not know
+
+    @staticmethod
+    def run(layer, x):
+        return layer(x)
+
+    def forward(self, x):
+        ways = [self.body, self.ways["inside"], self.listed[0], self.named["body"][0], self.paired[1], self.closed]
+        ways += [self.bound, self.held.body, self.tower[0]]
+        return torch.stack([way(x) for way in ways])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_replace_reaches_all_that_a_model_holds(inplace, wrapped):
+    model, x = Holds(), torch.randn(2, 4)
+    old, dense = model.body, model.body(x)
+    new = nn.Sequential(model.body, nn.Threshold(9, 0)) if wrapped else nn.Identity()
+    found = gm.replace(model, {"body": new}, inplace=inplace)
+    assert (found is model) == inplace
+    assert found.body is new
+    assert not wrapped or new[0] is old
+    assert torch.equal(found(x), (torch.zeros_like(x) if wrapped else x).expand(9, -1, -1))
+    assert torch.equal(old(x), dense)
+    assert model(x).shape == (9, 2, 4)
 
 
 def test_replace_names_the_nearest():
