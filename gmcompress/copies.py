@@ -43,6 +43,29 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return found
 
 
+def check_distinct(model: nn.Module) -> None:
+    """Refuse a model of whose modules torch takes one for another, as those are that a class compares by value.
+
+    Neither its parameters nor its modes would be those of all modules.
+
+    Raises:
+        GMError: naming the module, or the problem where torch cannot tell modules apart at all.
+    """
+    remedy = "a module class leaves __eq__ and __hash__ to nn.Module"
+    try:
+        known = {id(each) for each in model.modules()}
+        hidden = [(name, each) for name, each in model.named_modules(remove_duplicate=False) if id(each) not in known]
+    except Exception as problem:  # of an __eq__ without a __hash__, or that returns a tensor
+        raise GMError(
+            f"torch cannot list the modules of this {type(model).__name__} ({said(problem)}); {remedy}"
+        ) from problem
+    if hidden:
+        name, kind = hidden[0][0], type(hidden[0][1]).__name__
+        raise GMError(
+            f"torch takes {name!r} ({kind}) for another module that is equal to it, and leaves it out; {remedy}"
+        )
+
+
 def redirect_(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put other modules in the place of some, by id, wherever the parts of a model hold them.
 

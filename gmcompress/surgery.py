@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
-from .copies import duplicate, evaluating, redirect_
+from .copies import check_distinct, duplicate, evaluating, redirect_
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 from .nesting import describe, drawn, own_copy
@@ -92,11 +92,12 @@ def check_model(model: nn.Module, *, meta: bool = False) -> None:
     """Refuse what cannot be analysed as a plain module; `meta` allows weights on meta.
 
     Raises:
-        GMError: not a module; wrapped by DDP, FSDP, torch.compile or an EMA; scripted; or its weights are on meta
-            or not yet initialised.
+        GMError: not a module, or modules that torch cannot tell apart; wrapped by DDP, FSDP, torch.compile or an EMA;
+            scripted; or its weights are on meta or not yet initialised.
     """
     if not isinstance(model, nn.Module):
         raise GMError(f"a model is a torch.nn.Module, not {type(model).__name__}")
+    check_distinct(model)
     for name, module in model.named_modules():
         wrapper = type(module).__name__
         if wrapper in WRAPPERS and (not name or wrapper not in HARMLESS):

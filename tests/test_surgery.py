@@ -120,6 +120,44 @@ def test_compiled_scripted_meta_and_foreign_models_are_refused():
         trace({})
 
 
+class ByValue(nn.Linear):
+    def __eq__(self, other):
+        return isinstance(other, ByValue) and self.in_features == other.in_features
+
+    def __hash__(self):
+        return hash(self.in_features)
+
+
+class Unhashable(nn.Linear):
+    def __eq__(self, other):
+        return self is other
+
+
+class ByIdentity(nn.Linear):
+    """Equal to another by value, but told apart by its hash, as torch needs."""
+
+    def __eq__(self, other):
+        return isinstance(other, ByIdentity) and torch.equal(self.weight, other.weight)
+
+    __hash__ = nn.Module.__hash__
+
+
+def test_modules_that_torch_takes_for_one_another_are_refused():
+    """Neither parameters() nor eval() reaches the second of two that are equal."""
+    with pytest.raises(
+        gm.GMError, match=r"torch takes '1' \(ByValue\) for another module .* leaves __eq__ and __hash__"
+    ):
+        gm.compress(nn.Sequential(ByValue(8, 8), ByValue(8, 8)), "C4", rank=1, include="*")
+    with pytest.raises(gm.GMError, match=r"cannot list the modules of this Sequential .*unhashable"):
+        gm.compress(nn.Sequential(Unhashable(8, 8), nn.Linear(8, 8)), "C4", rank=1, include="*")
+    model, x = nn.Sequential(ByIdentity(8, 8), ByIdentity(8, 8)), torch.randn(2, 8)
+    model[1].load_state_dict(model[0].state_dict())
+    for options in ({"inputs": x}, {"inplace": True}):
+        small = gm.compress(model, "C4", rank=1, include="*", **options).model
+        assert [type(each).__name__ for each in small] == ["StructuredByIdentity"] * 2
+    assert torch.allclose(torch.export.export(small.eval(), (x,)).module()(x), small(x), atol=1e-6)
+
+
 def test_inputs_that_do_not_fit_are_named():
     with pytest.raises(gm.GMError, match=r"does not run on inputs of shape \(2, 5\)"):
         trace(zoo.mlp(), torch.zeros(2, 5))
