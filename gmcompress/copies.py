@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial, update_wrapper
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def _redirected(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any
             with suppress(ValueError):  # not yet filled
                 cell.cell_contents = followed(cell.cell_contents)
     else:
-        followed(getattr(value, "__dict__", None))
+        followed(attributes_of(value))
     return value
 
 
@@ -137,7 +137,27 @@ def _complete(model: nn.Module, found: nn.Module, memo: dict[int, Any]) -> None:
         if given is not None and type(copied) is type(given):
             wanted = slots_of(given)
             for slot in wanted.keys() - slots_of(copied).keys():
-                object.__setattr__(copied, slot, copy.deepcopy(wanted[slot], memo))
+                _member(type(copied), slot).__set__(copied, copy.deepcopy(wanted[slot], memo))
+
+
+def _member(cls: type, slot: str) -> MemberDescriptorType:
+    """What reads and writes a slot, whatever a subclass has under its name."""
+    found = (vars(each).get(slot) for each in cls.__mro__)
+    return next(each for each in found if isinstance(each, MemberDescriptorType))
+
+
+def attributes_of(holder: Any) -> dict[str, Any] | None:
+    """The `__dict__` of an object, None where it has none, past all that it may do when it is asked for an attribute.
+
+    >>> from types import SimpleNamespace
+    >>> attributes_of(SimpleNamespace(x=1)), attributes_of(1j)
+    ({'x': 1}, None)
+    """
+    for cls in type(holder).__mro__:
+        found = vars(cls).get("__dict__")
+        if isinstance(found, GetSetDescriptorType | MemberDescriptorType):
+            return found.__get__(holder)
+    return None
 
 
 def slots_of(holder: Any) -> dict[str, Any]:
@@ -150,12 +170,16 @@ def slots_of(holder: Any) -> dict[str, Any]:
     >>> slots_of(pair)
     {'x': 1}
     """
-    declared = (vars(cls).get("__slots__", ()) for cls in type(holder).__mro__)
     found = {}
-    for slot in (each for names in declared for each in ((names,) if isinstance(names, str) else names)):
-        if slot not in ("__dict__", "__weakref__"):
-            with suppress(AttributeError):
-                found[slot] = getattr(holder, slot)
+    for cls in type(holder).__mro__:
+        declared = vars(cls).get("__slots__", ())
+        for slot in (declared,) if isinstance(declared, str) else declared:
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{cls.__name__.lstrip('_')}{slot}" if private else slot
+            member = vars(cls).get(name)  # not by the name, which a subclass may have given to a property
+            if isinstance(member, MemberDescriptorType):
+                with suppress(AttributeError):
+                    found[name] = member.__get__(holder)
     return found
 
 

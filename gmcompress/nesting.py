@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .copies import slots_of
+from .copies import attributes_of, slots_of
 from .errors import GMError, shown
 from .files import is_storable
 
@@ -46,11 +46,11 @@ def _is_closed(each: Any) -> bool:
     """Whether it is something else than an object that holds values, such as a dataclass, in slots or not."""
     if isinstance(each, Tensor | nn.Module | ModuleType) or callable(each):
         return True
-    return not hasattr(each, "__dict__") and not slots_of(each)
+    return attributes_of(each) is None and not slots_of(each)
 
 
 def _held(each: Any) -> dict[str, Any]:
-    return slots_of(each) | getattr(each, "__dict__", {})
+    return slots_of(each) | (attributes_of(each) or {})
 
 
 def describe(inputs: Any) -> str:

@@ -100,3 +100,32 @@ def test_the_state_is_whole_and_a_hook_that_fails_is_told():
     model._register_state_dict_hook(lambda _module, state, _prefix, _: state.pop("nothing"))
     with pytest.raises(gm.GMError, match="this Partial cannot give its state_dict: KeyError: 'nothing'"):
         state_of(model)
+
+
+def test_slots_are_copied_under_whatever_name():
+    class Private(nn.Linear):
+        __slots__ = ("__factor", "scale")
+
+        def __init__(self, *widths):
+            super().__init__(*widths)
+            self.__factor, self.scale = torch.full((), 3.0), 2.0
+
+        def forward(self, x):
+            return self.__factor * super().forward(x)
+
+    class Counted(Private):
+        reads = 0
+
+        @property
+        def scale(self):
+            Counted.reads += 1
+
+        @scale.setter
+        def scale(self, value):
+            Private.scale.__set__(self, value)
+
+    model, x = Counted(4, 4), torch.randn(2, 4)
+    copied = duplicate(model, {})
+    assert torch.equal(copied(x), model(x))
+    assert Private.scale.__get__(copied) == 2.0
+    assert not Counted.reads

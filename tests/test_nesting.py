@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,3 +85,33 @@ def test_a_model_that_adds_to_an_object_it_is_given_is_compressed():
         result = gm.compress(Remembers(), "C4", inputs={"x": x, "memory": memory}, **options)
         assert list(result.plan.layers) == ["body"]
         assert not memory.seen
+
+
+def test_what_is_returned_is_not_asked_for_attributes():
+    """Which may have effects, as in a stand-in for an object elsewhere; what its slots hold is seen all the same."""
+
+    class Remote:
+        __slots__ = ("__secret", "told")
+        asked: ClassVar[list[str]] = []
+
+        def __init__(self):
+            self.__secret, self.told = torch.ones(2), 1
+
+        def __getattr__(self, name):
+            self.asked.append(name)
+            raise AttributeError(name)
+
+    class Watched(Remote):
+        __slots__ = ()
+
+        @property
+        def told(self):
+            self.asked.append("told")
+
+    for cls in (Remote, Watched):
+        given = cls.__new__(cls)
+        Remote.told.__set__(given, 1)
+        assert laid_open([given]) == [{"told": 1}]
+    found = laid_open(Remote())
+    assert torch.equal(found["_Remote__secret"], torch.ones(2))
+    assert not Remote.asked
