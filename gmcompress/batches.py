@@ -62,7 +62,7 @@ def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | 
     found = Taken()
     count = held = 0
     for batch in [data] if isinstance(data, Tensor | Mapping) else data:
-        inputs = _inputs_of(batch, device)
+        inputs = inputs_of(batch, device)
         tensors = _tensors(inputs)
         if not any(each.dim() and len(each) for each in tensors):
             raise GMError(f"a batch of calibration data holds examples along its first axis, not {describe(inputs)}")
@@ -81,7 +81,15 @@ def _moved(inputs: Any, device: torch.device | None) -> Any:
     return tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
 
 
-def _inputs_of(batch: Any, device: torch.device | None) -> Inputs:
+def inputs_of(batch: Any, device: torch.device | None = None) -> Inputs:
+    """What a model is called with for a batch of a loader, on a device.
+
+    Raises:
+        GMError: the batch is of no known kind.
+
+    >>> inputs_of(([torch.ones(2), torch.zeros(2)], torch.tensor([0, 1])))
+    [tensor([1., 1.]), tensor([0., 0.])]
+    """
     if isinstance(batch, list | tuple) and len(batch) == 2 and _goes_with(*batch):
         batch = batch[0]
         if not isinstance(batch, Mapping):

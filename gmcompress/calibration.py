@@ -17,7 +17,7 @@ from .errors import GMError
 from .linalg import gram_matrix
 from .moments import version_of
 from .nesting import describe, floating, laid_open
-from .surgery import Inputs, call, run, ungraded
+from .surgery import TIED_HEAD, Inputs, call, run, trace, ungraded
 
 BACKWARD = 2_500_000  # numbers of input in one backward pass
 IMPOSSIBLE = -100.0  # the log-probability of a class that is ruled out
@@ -46,6 +46,11 @@ def first_output(found: Any) -> Tensor:
     return next((each for each in tensors if each.dim()), tensors[0])
 
 
+def ends_in_classes(model: nn.Module, inputs: Inputs | None) -> bool:
+    """Whether the outputs of a dense model are taken for logits, since a classifier is the last to run."""
+    return any(site.role in ("classifier", TIED_HEAD) for site in trace(model, inputs))
+
+
 def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: bool) -> float:
     """How far outputs lie from the wanted ones, the mean over examples (and places).
 
@@ -68,11 +73,11 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: boo
             compared = old.isfinite() & ~new.isinf()
             old, new = (each.double().where(compared, 0.0) for each in (old, new))
             old, new = (each.reshape(len(each) if each.dim() else 1, -1) for each in (old, new))
-            total, count = total + float((old - new).square().mean() / _spread(old)) * len(old), count + len(old)
+            total, count = total + float((old - new).square().mean() / spread_of(old)) * len(old), count + len(old)
     return total / max(count, 1)
 
 
-def _spread(values: Tensor) -> Tensor:  # ()
+def spread_of(values: Tensor) -> Tensor:  # ()
     """The variance of outputs over the examples; of a single one, or equal ones, that of its entries; else its size."""
     size = values.square().mean()
     found = ((values - mean).square().mean() for mean in (values.mean(0), values.mean()))

@@ -26,10 +26,11 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     sparse = (each for each in model.parameters() if each.layout is not torch.strided)
     known |= {id(each): nn.Parameter(each.detach().clone(), each.requires_grad) for each in sparse} | memo
     try:
-        try:
-            found = copy.deepcopy(model, leaves := dict(known))
-        except Exception:
-            found = copy.deepcopy(model, leaves := known | _uncopied(model))
+        with torch.no_grad():  # in which those of scripted modules, cloned whatever the memo holds, become leaves
+            try:
+                found = copy.deepcopy(model, leaves := dict(known))
+            except Exception:
+                found = copy.deepcopy(model, leaves := known | _uncopied(model))
     except Exception as problem:
         raise GMError(f"this {type(model).__name__} cannot be copied ({problem})") from problem
     _check_copied(model, found, memo)
@@ -134,6 +135,10 @@ def _complete(model: nn.Module, found: nn.Module, memo: dict[int, Any]) -> None:
             vars(new).update({key: each for key, each in vars(old).items() if key not in vars(new)})
     for name, copied in found.named_modules():
         given = modules.get(name)
+        if isinstance(copied, torch.jit.ScriptModule):
+            for key, new in copied.named_parameters(recurse=False):
+                old = parameters[f"{name}.{key}" if name else key]
+                new.requires_grad_(memo.get(id(old), old).requires_grad)
         if given is not None and type(copied) is type(given):
             wanted = slots_of(given)
             for slot in wanted.keys() - slots_of(copied).keys():

@@ -16,6 +16,7 @@ from .allocation import Table, check_budgets, tabulate
 from .batches import count_examples, first_of, is_divisible, take, whole
 from .blocks import Refit, refit_blocks
 from .budgets import Budget
+from .calibration import ends_in_classes
 from .copies import duplicate, evaluating
 from .errors import GMError
 from .factors import Metric
@@ -30,7 +31,7 @@ from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
 from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
-from .surgery import TIED_HEAD, Inputs, find_weight, read_weight, run, run_seeded, shell, trace
+from .surgery import Inputs, find_weight, read_weight, run, run_seeded, shell
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
@@ -89,13 +90,11 @@ class Job:
         for each in {describe(each): each for each in examples}.values():
             run(dense, each)  # says what does not fit before any work is done
         macs = count_macs(dense, examples[0])[0] // max(1, count_examples(examples[0]))  # whole batches hold several
-        found = calibrate(dense, self.batches, names, logits=self.logits(dense), macs=macs, effort=self.effort)
+        found = calibrate(
+            dense, self.batches, names, logits=ends_in_classes(dense, self.inputs), macs=macs, effort=self.effort
+        )
         self.known.append((frozenset(names), found))
         return found
-
-    def logits(self, dense: nn.Module) -> bool:
-        """Whether the outputs are logits, since a classifier is the last to run."""
-        return any(site.role in ("classifier", TIED_HEAD) for site in trace(dense, self.inputs))
 
     def notes(self, folder: str | Path | None, kind: str, rules: Mapping[str, Any]) -> Notes:
         """Where what is done is kept, where a folder is given."""

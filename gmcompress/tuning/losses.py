@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ..errors import GMError
+from ..batches import inputs_of
+from ..calibration import IMPOSSIBLE, first_output, spread_of
+from ..errors import GMError, said
 from ..layers import GMLayer
 from ..nesting import describe
 from ..surgery import get_modules
@@ -20,12 +22,17 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def distillation_loss(
-    found: Tensor,  # (batch, classes), (batch, tokens, classes) or (batch, classes, *places)
+    found: Tensor,  # (batch, classes), (batch, tokens, classes) or (batch, classes, *places); what is no logits: any
     wanted: Tensor | None,  # the teacher's, same shape
     labels: Tensor | None,  # without the axis of classes
     recipe: Recipe,
+    *,
+    logits: bool = True,
 ) -> Tensor:  # ()
     """`distillation` × T² × KL(teacher ‖ student) + `task` × cross-entropy; one of them alone where one is missing.
+
+    Outputs that are no logits of classes, or that have labels of floating point, have the relative squared error in
+    place of both; a single logit has it in place of the divergence, and binary cross-entropy with labels of 0 and 1.
 
     Raises:
         GMError: the teacher's outputs have another shape, the labels do not fit, or there is neither.
@@ -39,24 +46,62 @@ def distillation_loss(
         raise GMError(f"the teacher's outputs have shape {tuple(wanted.shape)}, the model's {tuple(found.shape)}")
     if wanted is None and labels is None:
         raise GMError("there is nothing to learn from: neither a teacher nor labels in the batches")
+    weight = 1.0 if wanted is None else recipe.task
+    if not _has_classes(found, labels, logits=logits):
+        loss = found.new_zeros(()) if wanted is None else recipe.distillation * relative_square(found, wanted)
+        return loss if labels is None else loss + weight * _distance(found, labels)
     axis = _class_axis(found, labels)
     found = found.movedim(axis, -1).flatten(0, -2).float()
     loss = found.new_zeros(())
     if wanted is not None:
         t = recipe.temperature
-        target = F.log_softmax(wanted.movedim(axis, -1).flatten(0, -2).float() / t, dim=-1)
-        kl = F.kl_div(F.log_softmax(found / t, dim=-1), target, log_target=True, reduction="batchmean")
-        loss = recipe.distillation * t * t * kl
-    if labels is not None:
-        weight = recipe.task if wanted is not None else 1.0
-        loss = loss + weight * F.cross_entropy(found, labels.flatten())
-    return loss
+        new, old = (_log_softmax(each / t) for each in (found, wanted.movedim(axis, -1).flatten(0, -2).float()))
+        loss = recipe.distillation * t * t * F.kl_div(new, old, log_target=True, reduction="batchmean")
+    if labels is None:
+        return loss
+    try:
+        return loss + weight * F.cross_entropy(found, labels.flatten().long())
+    except IndexError as problem:
+        raise GMError(f"the labels do not fit outputs of {found.shape[-1]} classes: {said(problem)}") from problem
+
+
+def _log_softmax(values: Tensor) -> Tensor:
+    """With a finite logarithm where a class is ruled out by a logit of minus infinity."""
+    return F.log_softmax(values, dim=-1).clamp(min=IMPOSSIBLE)
+
+
+def _has_classes(found: Tensor, labels: Tensor | None, *, logits: bool) -> bool:
+    """Whether outputs are logits of two classes or more."""
+    if found.dim() < 2 or found.shape[_class_axis(found, None)] < 2:
+        return False
+    return logits if labels is None else not labels.is_floating_point()
+
+
+def relative_square(found: Tensor, wanted: Tensor) -> Tensor:  # ()
+    """The mean square of the error over the variance of what is wanted; entries that are infinite there left out."""
+    known = wanted.isfinite()
+    found, wanted = (each.where(known, 0.0).float() for each in (found, wanted))
+    return (found - wanted).square().mean() / spread_of(wanted)
+
+
+def _distance(found: Tensor, labels: Tensor) -> Tensor:  # ()
+    """The loss of single logits against labels of 0 and 1, of other outputs against labels of floating point.
+
+    Raises:
+        GMError: there are not as many labels as outputs, or they are of another kind.
+    """
+    if labels.numel() != found.numel():
+        raise GMError(f"labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(found.shape)}")
+    labels = labels.reshape(found.shape)
+    if labels.is_floating_point():
+        return relative_square(found, labels)
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise GMError("the labels of a single output for each example are 0 and 1, or of floating point")
+    return F.binary_cross_entropy_with_logits(found.float(), labels.float())
 
 
 def _class_axis(found: Tensor, labels: Tensor | None) -> int:
     """Where the classes are: last in (batch, tokens, classes), second in (batch, classes, *places)."""
-    if found.dim() < 2:
-        raise GMError(f"outputs of shape {tuple(found.shape)} have no axis of classes")
     if labels is None:
         return 1 if found.dim() == 4 else -1
     if labels.shape == found.shape[:-1]:
@@ -66,22 +111,23 @@ def _class_axis(found: Tensor, labels: Tensor | None) -> int:
     raise GMError(f"labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(found.shape)}")
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: the output itself, its `logits`, or the first of a sequence.
+def outputs_to_compare(output: Any) -> tuple[Tensor, bool]:
+    """The `logits` in a model's output, or its first tensor of floating point, and whether they are called logits.
 
     Raises:
-        GMError: there are none.
+        GMError: there is none.
+
+    >>> outputs_to_compare({"out": torch.ones(1), "logits": torch.zeros(1)})
+    (tensor([0.]), True)
     """
-    found = output
-    if isinstance(output, Mapping):
-        found = output.get("logits")
-    elif isinstance(output, list | tuple) and output:
-        found = output[0]
-    elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise GMError(f"no logits found in the model's output, {describe(output)}")
-    return found
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return (named, True) if isinstance(named, Tensor) else (first_output(output), False)
+
+
+def own_loss(output: Any) -> Tensor | None:  # ()
+    """The loss that a model returns beside its outputs, if it does."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) and not found.dim() else None
 
 
 def parts_of(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
@@ -90,14 +136,14 @@ def parts_of(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
     Raises:
         GMError: the batch is of no known kind.
     """
+    inputs, labels = inputs_of(batch, device), None
     if isinstance(batch, Mapping):
-        named = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        return named, named.pop("labels", None)
-    if isinstance(batch, Tensor):
-        return batch.to(device), None
-    if isinstance(batch, list | tuple) and 1 <= len(batch) <= 2 and all(isinstance(each, Tensor) for each in batch):
-        return batch[0].to(device), (batch[1].to(device) if len(batch) == 2 else None)
-    raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the loader gave {describe(batch)}")
+        labels = batch.get("labels")
+    elif isinstance(batch, list | tuple) and len(batch) > 1:
+        labels = batch[1]
+        if len(batch) > 2:
+            raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the loader gave {describe(batch)}")
+    return inputs, labels.to(device) if isinstance(labels, Tensor) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from itertools import chain, islice
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..copies import evaluating
-from ..errors import GMError
+from ..attaching import structured
+from ..calibration import ends_in_classes
+from ..copies import duplicate, evaluating
+from ..errors import GMError, said
 from ..layers import GMLayer
-from ..surgery import call
+from ..nesting import describe
+from ..surgery import Inputs, call
 from .factors import Annealing, Decay
-from .losses import Features, distillation_loss, logits_of, outputs_of, parts_of
+from .losses import Features, distillation_loss, outputs_of, outputs_to_compare, own_loss, parts_of
 from .quick import quick_layers
 from .recipe import BATCH_NORMS, Recipe, learning_rate, optimizer_name, rates_to_try
 
@@ -47,8 +51,13 @@ class Run:
         self.accelerator = _accelerator(recipe)
         self.device = self.accelerator.device
         model = model.to(self.device)
-        self.teacher = None if teacher is None else evaluating(copy.deepcopy(teacher)).to(self.device)
-        self.ema = None if recipe.ema is None else ModelEmaV3(model, decay=recipe.ema)
+        self.teacher = None if teacher is None else evaluating(duplicate(teacher, {})).to(self.device)
+        self.logits: bool | None = None  # whether outputs are logits where nothing says so, known after a first batch
+        self.takes = signature(model.forward).parameters
+        self.ema = None
+        if recipe.ema is not None:  # which copies what it is given as torch's own copies do
+            self.ema = ModelEmaV3(nn.Linear(1, 1, device=self.device), decay=recipe.ema)
+            self.ema.module = evaluating(duplicate(model, {}))
         name, decay = optimizer_name(model, recipe), recipe.weight_decay
         self.rates = rates_to_try(name, recipe)
         lr = recipe.lr or self.rates[0]  # set anew before every step
@@ -96,14 +105,44 @@ class Run:
         watched = nullcontext(none) if compared is None else outputs_of(compared.student)
         with self.accelerator.autocast():
             with watched as ours:
-                found = logits_of(call(self.model, inputs))
-            wanted = None
+                output = self._called(self.model, inputs, labels)
+            (found, named), wanted = outputs_to_compare(output), None
             if self.teacher is not None:
                 seen = nullcontext(none) if compared is None else outputs_of(compared.teacher)
                 with torch.no_grad(), seen as theirs:
-                    wanted = logits_of(call(self.teacher, inputs))
-        loss = distillation_loss(found, wanted, labels, self.recipe)
+                    wanted = outputs_to_compare(self._called(self.teacher, inputs, labels))[0]
+        task = own_loss(output) if labels is not None and "labels" in self.takes else None
+        labels = labels if task is None else None
+        if task is not None and wanted is None:
+            return task
+        logits = named or labels is not None or self._has_logits(inputs)
+        loss = distillation_loss(found, wanted, labels, self.recipe, logits=logits)
+        loss = loss if task is None else loss + self.recipe.task * task
         return loss if compared is None else loss + features * compared.weight * compared.loss(ours, theirs)
+
+    def _called(self, model: nn.Module, inputs: Inputs, labels: Tensor | None = None) -> Any:
+        """What a model returns, of one that takes labels beside inputs by name also the loss that it has by them.
+
+        Raises:
+            GMError: it does not run on the inputs.
+        """
+        if labels is not None and "labels" in self.takes and isinstance(inputs, Mapping):
+            inputs = {**inputs, "labels": labels}
+        try:
+            return call(model, inputs)
+        except GMError:
+            raise
+        except Exception as problem:
+            mode = "training" if model.training else "evaluation"
+            what = f"{type(model).__name__} does not run in {mode} mode on a batch of shape {describe(inputs)}"
+            raise GMError(f"{what}: {said(problem)}") from problem
+
+    def _has_logits(self, inputs: Inputs) -> bool:
+        """Whether outputs are logits where neither their name nor labels say so: whether a classifier runs last."""
+        if self.logits is None:
+            teacher = self.teacher
+            self.logits = teacher is None or bool(structured(teacher)) or ends_in_classes(teacher, inputs)
+        return self.logits
 
     def leaves_parameters_out(self) -> bool:
         """Whether the loss of a first batch leaves a trainable parameter without a gradient, in any of the processes.
@@ -207,7 +246,7 @@ class Run:
             norm.train()
         with torch.no_grad():
             for batch in islice(self.loader, self.recipe.recalibration_batches):
-                call(self.model, parts_of(batch, self.device)[0])
+                self._called(self.model, parts_of(batch, self.device)[0])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         if judged and self.loss_on(judged) >= before:
