@@ -9,12 +9,15 @@ torch.fx, where that can: code that reads a weight otherwise than as an attribut
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -43,6 +46,8 @@ from .surgery import (
 )
 
 ANY = "C1+lowrank:1"  # what all matrices are; who computes with the stored tensors instead finds other products
+EVALUATION, TRAINING, CHANGED = "evaluation", "training", "changed to training and not run"
+MODES = ((EVALUATION, TRAINING, EVALUATION), (EVALUATION, CHANGED, EVALUATION), (EVALUATION,))  # the first that works
 RUNS = 60  # of a model that refuses some weights, at most; those that are not sorted by then stay dense
 REFUSED = "the model's code does not take a computed weight here: "
 ELSEWHERE = "with a computed weight here the model's outputs change, so its code gets at the weight on a way of its own"
@@ -176,6 +181,7 @@ class _Rehearsal:
     inputs: Inputs
     expected: Any
     repeats: bool  # whether a second run of the twin gives the same
+    modes: Sequence[str]  # in which it is run
     stores: bool  # whether it can give its state
     taken: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
@@ -195,9 +201,16 @@ class _Rehearsal:
             # a power of two so large that the kernel of a stand-in and its residual add up without rounding
             offsets[name] = 2.0 ** (1 + math.frexp(float(scaled.abs().nan_to_num(0.0, 0.0).max()))[1])
             write_weight(twin, name, (scaled - offsets[name]) + offsets[name])
-        # runs of copies, since a model may write into its weights
-        expected, again = (_outputs(duplicate(twin, {}), inputs) for _ in range(2))
-        return cls(model, twin, offsets, inputs, expected, agree(expected, again), stores=_has_state(twin))
+        for modes in MODES if has_modes(twin) else MODES[-1:]:
+            try:  # copies, since a model may write into its weights
+                expected, again = (_outputs(duplicate(twin, {}), inputs, modes) for _ in range(2))
+            except Exception:  # a batch may be too small for training, labels be missing, or a `train` take no mode
+                if modes == MODES[-1]:
+                    raise
+                continue
+            if repeats := agree(expected, again):
+                break
+        return cls(model, twin, offsets, inputs, expected, repeats, modes, stores=_has_state(twin))
 
     def take(self, names: Sequence[str]) -> None:
         """Sort weights into those that the model takes computed, beside the ones taken before, and the others."""
@@ -221,7 +234,7 @@ class _Rehearsal:
         except GMError as problem:  # of a class that can have no subclass
             return str(problem)
         try:
-            found = _outputs(small, self.inputs)
+            found = _outputs(small, self.inputs, self.modes)
             if self.stores:
                 state_of(small)
         except Exception as problem:  # of any kind, from hooks on the state
@@ -256,15 +269,43 @@ def _parameter(model: nn.Module, name: str) -> Tensor:
     return module.get_parameter(key)
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Any]:
-    """What the model returns; in training mode and again where a `train` of its own may write into its weights."""
-    found = [run_seeded(model, inputs)]
-    if any(type(each).train is not nn.Module.train for each in model.modules()):
-        with suppress(Exception):  # such as a batch too small for training, which fails for every weight
-            model.train()
-            found.append(run_seeded(model, inputs))
-        found.append(run_seeded(evaluating(model), inputs))
+def _outputs(model: nn.Module, inputs: Inputs, modes: Sequence[str]) -> list[Any]:
+    """What the model returns, in one mode after another; what it writes into its weights at one shows in the next."""
+    found = []
+    with warnings.catch_warnings():
+        if TRAINING in modes:
+            warnings.simplefilter("ignore")
+        for mode in modes:
+            if mode == EVALUATION:
+                evaluating(model)
+            else:
+                model.train()
+            if mode != CHANGED:
+                found.append(run_seeded(model, inputs))
     return found
+
+
+def has_modes(model: nn.Module) -> bool:
+    """Whether code other than torch's own does something at a change of mode, or asks for it.
+
+    >>> has_modes(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    False
+    """
+    classes = {cls for each in model.modules() for cls in type(each).__mro__}
+    return any(map(_asks_for_mode, (cls for cls in classes if not cls.__module__.startswith("torch."))))
+
+
+def _asks_for_mode(cls: type) -> bool:
+    if "train" in vars(cls):
+        return True
+    functions = (inspect.unwrap(each) for each in vars(cls).values() if isinstance(each, FunctionType))
+    codes = [each.__code__ for each in functions if isinstance(each, FunctionType)]
+    while codes:
+        code = codes.pop()
+        if "training" in code.co_names:
+            return True
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+    return False
 
 
 def _has_state(model: nn.Module) -> bool:

@@ -56,6 +56,39 @@ class Keeps(nn.Linear):
         return F.linear(x, self.made, self.bias)
 
 
+class Moving(nn.Linear):
+    """Sets its weight anew in training, as codebooks that follow what they encode do."""
+
+    def forward(self, x):
+        if self.training:
+            self.weight = nn.Parameter(0.9 * self.weight)
+        return super().forward(x)
+
+
+class Clipped(nn.Linear):
+    """Bounds its weight in training, as critics do."""
+
+    def bound(self):
+        return [each.data.clamp_(-0.1, 0.1) for each in [self.weight] if self.training]
+
+    def forward(self, x):
+        self.bound()
+        return super().forward(x)
+
+
+class Followed(nn.Linear):
+    """Has a slow copy, which follows it in training, parameter by parameter."""
+
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        self.slow = [each.detach().clone() for each in self.parameters()]
+
+    def forward(self, x):
+        for old, new in zip(self.slow, self.parameters(), strict=True) if self.training else ():
+            old.lerp_(new.detach(), 0.1)
+        return super().forward(x)
+
+
 class Closed(nn.Linear):
     def __init_subclass__(cls, *, name):
         cls.name = name
@@ -97,6 +130,9 @@ HAZARDS = {
     "own name": (Model, (called, SelfAware), REFUSED + "AssertionError"),
     "kept ready": (Model, (called, Keeps), UNREAD),
     "limited": (Model, (called, Limited), REFUSED + "GMError"),
+    "moving": (Model, (called, Moving), REFUSED + "GMError"),
+    "clipped": (Model, (called, Clipped), REFUSED + "GMError"),
+    "followed": (Model, (called, Followed), REFUSED + "RuntimeError"),
     "scaled": (Model, (scaled,), ELSEWHERE),
     "state": (Model, (called, Renamed), REFUSED + "KeyError"),
     "no subclass": (Model, (called, Closed), "cannot compute its weight"),
@@ -180,7 +216,7 @@ def test_what_is_written_at_a_change_of_mode_is_not_lost():
     expected = run(model, x)
     assert_close(run(model.eval(), x), expected, slack=10)
     result = gm.compress(model, "C4", rank=1, inputs=x)
-    assert ELSEWHERE in result.plan.skipped["picky"]
+    assert REFUSED + "GMError" in result.plan.skipped["picky"]
     assert list(result.plan.layers) == ["free"]
     small = run(result.model, x)
     assert_close(run(result.model.train().eval(), x), small, slack=10)
