@@ -233,14 +233,17 @@ def apart(model: nn.Module, inputs: Inputs | None, *, trial: nn.Module | None = 
     That is tried on `trial`, a copy. A shell, which shares the parameters, has buffers of its own.
 
     Raises:
-        GMError: the model does not run on the inputs.
+        GMError: the model does not run on the inputs, or a run changes which parameters it has.
     """
     if inputs is None:
         return model
     trial = private(model) if trial is None else trial
     run_seeded(trial, inputs)
-    pairs = zip(model.parameters(), trial.parameters(), strict=True)
-    same = (torch.equal(old, new) for old, new in pairs if old.layout is torch.strided)
+    before, after = dict(model.named_parameters()), dict(trial.named_parameters())
+    if unlike := sorted(before.keys() ^ after.keys()):
+        what = f"{type(model).__name__} makes or drops parameters as it runs, such as {unlike[0]!r}"
+        raise GMError(f"{what}; run it once before it is compressed")
+    same = (torch.equal(old, after[name]) for name, old in before.items() if old.layout is torch.strided)
     return model if all(same) else duplicate(model, {})
 
 

@@ -381,7 +381,8 @@ def _obstacle(holder: Holder) -> str:
     module, key, parameter = holder.module, holder.key, holder.parameter
     name = type(module).__name__
     if parametrize.is_parametrized(module):
-        return f"its {key} is parametrized; remove the parametrization first"
+        which = key if parametrize.is_parametrized(module, key) else " and ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"its {which} is parametrized; remove the parametrization first"
     source = key.rpartition("_")[0]
     if isinstance(vars(module).get(source), Tensor):
         return f"{source} is computed from it by weight_norm, spectral_norm or pruning; remove that first"

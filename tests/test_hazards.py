@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_close, must_fail
 from torch import nn
+from torch.nn.utils import parametrize
 
 import gmcompress as gm
 from gmcompress.surgery import run, run_seeded
@@ -122,3 +123,39 @@ def test_starved_layers_are_compressed_with_data(size):
     result = gm.compress(model, "C4", budget="75%", data=[torch.randn(8, 8)], effort=0.1)
     assert math.isfinite(result.plan.optimum["loss"])
     assert result.plan.layers
+
+
+def test_parameters_that_a_run_makes_are_asked_for_before():
+    class Late(Base):
+        def __init__(self):
+            super().__init__()
+            self.late = None
+
+        def forward(self, x):
+            if self.late is None:
+                self.late = nn.Linear(8, 8)
+            return self.head(self.late(self.features(x)))
+
+    model, x = Late(), torch.randn(4, 8)
+    for door in (gm.compress, gm.plan, gm.doctor):
+        if door is gm.doctor:
+            assert "run it once before" in door(model, x, "C4").run_problem
+        else:
+            with pytest.raises(
+                gm.GMError, match=r"makes or drops parameters as it runs, such as 'late.bias'; run it once"
+            ):
+                door(model, "C4", rank=1, inputs=x)
+    assert model.late is None
+    model(x)
+    assert "late" in gm.compress(model, "C4", rank=1, inputs=x).plan.layers
+
+
+def test_the_parameter_that_is_parametrized_is_named():
+    model = Base()
+    parametrize.register_parametrization(model.body, "bias", nn.Tanh())
+    parametrize.register_parametrization(model.more, "weight", nn.Tanh())
+    skipped = gm.plan(model, "C4", rank=1, include=["head"], overrides={"head": "lowrank:1"}).skipped
+    assert [skipped[name].split(";")[0] for name in ("body", "more")] == [
+        "its bias is parametrized",
+        "its weight is parametrized",
+    ]

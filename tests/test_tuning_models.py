@@ -180,3 +180,19 @@ def test_classes_that_are_ruled_out_are_no_trouble():
     result = compressed(Masked())
     tuned = gm.tune(result, batches(), epochs=1, lr=1e-3)
     assert all(each.isfinite().all() for each in tuned.model.parameters())
+
+
+def test_blocks_of_equal_outputs_and_weights_that_are_lost():
+    torch.manual_seed(0)
+    dead = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    for each in dead[1].parameters():
+        nn.init.zeros_(each)
+    tuned = gm.tune(compressed(dead), batches(), epochs=1, lr=1e-4)
+    assert all(each.isfinite().all() for each in tuned.model.parameters())
+
+    class Steep(Body):
+        def forward(self, x):
+            return super().forward(x) + (self.head.weight - self.head.weight.detach()).square().sum().sqrt()
+
+    with pytest.raises(gm.GMError, match=r"'body.weight' is not finite after epoch 0"):
+        fine_tune(Steep(), batches(1), Recipe(epochs=1, lr=1e-3), teacher=Body())

@@ -233,8 +233,10 @@ def _same_kind(ours: Any, theirs: Any) -> bool:
 
 def _relative(ours: Tensor, theirs: Tensor) -> Tensor:  # ()
     ours, theirs = ours.float(), theirs.float()
-    spread = (theirs - theirs.mean()).square().sum()
-    return (ours - theirs).square().sum() / spread.clamp(min=torch.finfo(torch.float32).tiny)
+    size, spread = theirs.square().sum(), (theirs - theirs.mean()).square().sum()
+    if not spread > 1e-12 * size:  # all equal up to rounding
+        spread = size if size > 0 else torch.ones_like(size)
+    return (ours - theirs).square().sum() / spread
 
 
 @contextmanager

@@ -218,6 +218,9 @@ class Run:
                 break
         if not seen:
             raise GMError("the loader is empty: it gave no batch")
+        for name, each in self.plain.named_parameters():
+            if each.requires_grad and not each.isfinite().all():
+                raise GMError(f"{name!r} is not finite after epoch {number}; try a smaller learning rate")
         self.annealing.set((first + seen) / steps)
         rate = self.optimizer.param_groups[0]["lr"]
         return {"epoch": number, "loss": self.mean(total / seen), "lr": rate, "seconds": time.perf_counter() - start}
