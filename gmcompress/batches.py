@@ -138,14 +138,16 @@ def _whole(given: Any, *, is_argument: bool = False) -> list[Tensor]:
 def is_divisible(inputs: Inputs) -> bool:
     """Whether all tensors have an example at each place of their first axis; a graph or a scalar input has not.
 
-    Nor has a list of images, each of which is an example, or what is marked as `whole`.
+    Nor has a list of images, each of which is an example, a sparse or nested tensor, or what is marked as `whole`.
 
     >>> is_divisible({"nodes": torch.ones(5, 3), "edges": torch.ones(2, 9)}), is_divisible(torch.ones(5, 3))
     (False, True)
     """
-    if isinstance(inputs, WholeList | WholeMapping):
+    tensors = _tensors(inputs)
+    usual = all(each.layout is torch.strided and not each.is_nested for each in tensors)
+    if isinstance(inputs, WholeList | WholeMapping) or not usual:
         return False
-    sizes = {each.shape[:1] for each in _tensors(inputs)}  # of a scalar none
+    sizes = {each.shape[:1] for each in tensors}  # of a scalar none
     return len(sizes) == 1 and torch.Size() not in sizes and bool(_whole(inputs))
 
 

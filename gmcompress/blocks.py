@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
+from .copies import parameters_of
 from .nesting import describe, floating, own_copy
 from .notes import Notes
 from .sensitivity import sensitivities
@@ -87,7 +88,7 @@ def refit_blocks(
     """
     examples = sum(map(count_examples, batches))
     affordable = int(effort * WORK / max(1, 3 * macs))  # examples through all blocks, forward and backward
-    if min(examples, affordable) < FEWEST or any(each.dtype != torch.float32 for each in small.parameters()):
+    if min(examples, affordable) < FEWEST or any(each.dtype != torch.float32 for each in parameters_of(small).values()):
         return []
     pieces = _pieces(first_examples(batches, affordable))
     if len(pieces) < HELD_OUT:
@@ -96,7 +97,7 @@ def refit_blocks(
     training = {module: module.training for module in small.modules()}
     small.eval()
     held = pieces[HELD_OUT // 2 :: HELD_OUT]
-    wanted, had = outputs(dense, held), [(each, each.detach().clone()) for each in small.parameters()]
+    wanted, had = outputs(dense, held), [(each, each.detach().clone()) for each in parameters_of(small).values()]
     before = divergence(wanted, outputs(small, held), logits=logits)
     done: list[Refit] = []
     walk = _Walk(dense, small, pieces)
@@ -140,7 +141,7 @@ def _free(small: nn.Module, name: str) -> dict[str, Tensor]:
     inside = {id(each) for each in block.modules()}
     outside = {id(p) for m in small.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
     parts = {id(each) for layer in structured(block).values() for each in layer.parts().values()}
-    found = {key: each for key, each in block.named_parameters() if id(each) in parts or each.dim() == 1}
+    found = {key: each for key, each in parameters_of(block).items() if id(each) in parts or each.dim() == 1}
     return {key: each for key, each in found.items() if id(each) not in outside}
 
 

@@ -118,7 +118,7 @@ def output_moments(
 
 def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        if is_functorch_wrapped_tensor(output):
+        if is_functorch_wrapped_tensor(output) or output.is_nested:
             return output
         axis = -3 if isinstance(module, nn.Conv2d) else -1
 

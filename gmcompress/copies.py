@@ -23,7 +23,7 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     # pruning keeps one, computed anew at every call, in place of a parameter; others keep what they last computed
     known: dict[int, Any] = {id(each): each.detach().clone() for each in kept if each.grad_fn is not None}
     # some of which torch does not copy
-    sparse = (each for each in model.parameters() if each.layout is not torch.strided)
+    sparse = (each for each in parameters_of(model).values() if each.layout is not torch.strided)
     known |= {id(each): nn.Parameter(each.detach().clone(), each.requires_grad) for each in sparse} | memo
     try:
         with torch.no_grad():  # in which those of scripted modules, cloned whatever the memo holds, become leaves
@@ -129,8 +129,8 @@ def _complete(model: nn.Module, found: nn.Module, memo: dict[int, Any]) -> None:
 
     `memo` is that of the copy.
     """
-    parameters, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
-    for name, new in found.named_parameters():
+    parameters, modules = parameters_of(model, aliases=True), dict(model.named_modules())
+    for name, new in parameters_of(found).items():
         if (old := parameters.get(name)) is not None and vars(old):
             vars(new).update({key: each for key, each in vars(old).items() if key not in vars(new)})
     for name, copied in found.named_modules():
@@ -193,7 +193,7 @@ def _uncopied(model: nn.Module) -> dict[int, Any]:
 
     Some tensors, as those in compressed sparse rows, can be cloned all the same.
     """
-    known = {id(each): each for each in (*model.modules(), *model.parameters())}
+    known = {id(each): each for each in (*model.modules(), *parameters_of(model).values())}
     found: dict[int, Any] = {}
     for module in model.modules():
         for each in tree_leaves([value for key, value in vars(module).items() if key != "_modules"]):
@@ -202,6 +202,16 @@ def _uncopied(model: nn.Module) -> dict[int, Any]:
             except Exception:
                 found[id(each)] = each.detach().clone() if isinstance(each, Tensor) else each
     return found
+
+
+def parameters_of(model: nn.Module, *, aliases: bool = False) -> dict[str, nn.Parameter]:
+    """All parameters by name, also of a model whose class gives out others, as those alone that are to be trained."""
+    return dict(nn.Module.named_parameters(model, remove_duplicate=not aliases))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The numbers in all parameters, tied ones counted once."""
+    return sum(each.numel() for each in parameters_of(model).values())
 
 
 def evaluating(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from .copies import count_parameters, parameters_of
 from .errors import GMError
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
@@ -204,7 +205,7 @@ def examine(model: nn.Module, inputs: Inputs | None = None, group: str | Group =
     return Examination(
         model=model_name(model),
         group=str(wanted),
-        parameters=sum(each.numel() for each in model.parameters()),
+        parameters=count_parameters(model),
         findings=_findings(model, plan, wanted, None if given is None else watch(model, given)),
         traced=traced,
         inputs="" if given is None else describe(given),
@@ -217,7 +218,7 @@ def examine(model: nn.Module, inputs: Inputs | None = None, group: str | Group =
 def _plan(model: nn.Module, inputs: Inputs | None, group: Group) -> Plan:
     """The literal plan, with reasons for what it leaves out, also where that is everything."""
     sites = rehearsed_sites(model, inputs)
-    total = sum(each.numel() for each in model.parameters())
+    total = count_parameters(model)
     with_probe = (*sites, PROBE)  # choose refuses to plan nothing, so one layer goes along that always fits
     plan = choose(with_probe, group, model_parameters=total, rank=RANK, overrides={PROBE.name: "lowrank:1"})
     return changed(plan, layers={name: plan.layers[name] for name in plan.layers if name != PROBE.name}, sites=sites)
@@ -237,7 +238,7 @@ def _trial(model: nn.Module, plan: Plan, inputs: Inputs | None, expected: Any) -
         problem = str(refused)
     except Exception as broken:  # whatever it is, finding it is what an examination is for
         problem = f"{type(broken).__name__}: {str(broken).strip().splitlines()[0] if str(broken).strip() else ''}"
-    return None if small is None else sum(each.numel() for each in small.parameters()), problem
+    return None if small is None else count_parameters(small), problem
 
 
 def _findings(
@@ -247,7 +248,7 @@ def _findings(
     modules = dict(model.named_modules())
     sites = {site.name: site for site in plan.sites}
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_of(model, aliases=True).items():
         names.setdefault(id(parameter), []).append(name)
     holders: dict[int, list[str]] = {}  # distinct modules, by their first names
     for name, module in modules.items():
@@ -255,7 +256,7 @@ def _findings(
             if each is not None:
                 holders.setdefault(id(each), []).append(_owner(name + ".") if name else "")
     found = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model).items():
         if parameter.dim() < 2:
             continue
         owner, key = _owner(name), _key(name)

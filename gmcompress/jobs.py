@@ -17,7 +17,7 @@ from .batches import count_examples, first_of, is_divisible, take, whole
 from .blocks import Refit, refit_blocks
 from .budgets import Budget
 from .calibration import ends_in_classes
-from .copies import duplicate, evaluating
+from .copies import count_parameters, duplicate, evaluating, parameters_of
 from .errors import GMError
 from .factors import Metric
 from .files import json_digest
@@ -70,7 +70,7 @@ class Job:
         """
         if not (isinstance(effort, int | float) and 0 < effort < math.inf):
             raise GMError(f"effort is a positive multiple of the usual one, not {effort!r}")
-        device = next((each.device for each in model.parameters()), None)
+        device = next((each.device for each in parameters_of(model).values()), None)
         batches = [] if data is None else take(data, samples=samples, device=device)
         trial = private(model) if batches else None
         kept = [] if trial is None else undivided(trial, batches)
@@ -123,7 +123,7 @@ class Job:
             with _naming(name):
                 check_weight(_matrix(dense, name))
         itemsizes = {name: _matrix(dense, name).element_size() for name in [*names, *chosen.prescribed]}
-        totals = {"params": sum(each.numel() for each in self.model.parameters()), "bytes": stored_bytes(self.model)}
+        totals = {"params": count_parameters(self.model), "bytes": stored_bytes(self.model)}
         positions = None
         if self.inputs is not None:
             positions = replaced_positions(dense, self.inputs, [*names, *chosen.prescribed])
@@ -239,7 +239,7 @@ def apart(model: nn.Module, inputs: Inputs | None, *, trial: nn.Module | None = 
         return model
     trial = private(model) if trial is None else trial
     run_seeded(trial, inputs)
-    before, after = dict(model.named_parameters()), dict(trial.named_parameters())
+    before, after = parameters_of(model), parameters_of(trial)
     if unlike := sorted(before.keys() ^ after.keys()):
         what = f"{type(model).__name__} makes or drops parameters as it runs, such as {unlike[0]!r}"
         raise GMError(f"{what}; run it once before it is compressed")

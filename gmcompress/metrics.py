@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attaching import CHILD, dense_class, is_replaced, structured
-from .copies import state_of
+from .copies import count_parameters, parameters_of, state_of
 from .errors import GMError
 from .groupconv import GroupConv
 from .homogeneous import HomogeneousConv
@@ -95,9 +95,9 @@ def _metrics(
     macs: tuple[int | None, int | None],
     latency: tuple[float | None, float | None],
 ) -> Metrics:
-    first = next(iter(model.parameters()), torch.empty(0))
+    first = next(iter(parameters_of(model).values()), torch.empty(0))
     return Metrics(
-        parameters=sum(each.numel() for each in model.parameters()),
+        parameters=count_parameters(model),
         bytes=stored_bytes(model),
         macs=macs[0],
         counted_macs=macs[1],

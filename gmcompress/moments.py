@@ -187,7 +187,8 @@ def _watch(
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             if arguments and isinstance(arguments[0], Tensor) and not is_functorch_wrapped_tensor(arguments[0]):
-                found = arguments[0].clone() if copying else arguments[0]
+                given = _in_rows(arguments[0])
+                found = given.clone() if copying else given
                 seen[name].append(found)
                 states.append((found, version_of(found)))
             if all(seen.values()):
@@ -198,6 +199,13 @@ def _watch(
     for name, module in modules.items():
         stack.callback(module.register_forward_pre_hook(hook_of(name)).remove)
     return seen
+
+
+def _in_rows(given: Tensor) -> Tensor:
+    """The inputs of a layer; nested and sparse ones, such as sentences without their padding, as usual tensors."""
+    if given.is_nested:
+        return torch.cat([each.reshape(-1, each.shape[-1]) for each in given.unbind()])
+    return given if given.layout is torch.strided else given.to_dense()
 
 
 class _Sums:

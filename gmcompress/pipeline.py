@@ -17,6 +17,7 @@ from .allocation import allocate
 from .attaching import empty, exchange, remember, set_bias, structured
 from .batches import SAMPLES
 from .budgets import Given, parse_budget
+from .copies import count_parameters, parameters_of
 from .errors import GMError, nearest_names
 from .groups import Group
 from .jobs import Job, private
@@ -87,7 +88,7 @@ def _planned(
     if budget is not None or ties:
         raise GMError("rank= is for every layer alike; it goes with neither budget= nor ties=")
     sites = rehearsed_sites(job.model, job.inputs)
-    total = sum(each.numel() for each in job.model.parameters())
+    total = count_parameters(job.model)
     return choose(sites, job.group, model_parameters=total, rank=rank, residual=residual, **rules)
 
 
@@ -254,7 +255,7 @@ def set_means(model: nn.Module, means: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def small_tensors(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The biases and the weights of norms, each with a copy of its values."""
-    return [(each, each.detach().clone()) for each in model.parameters() if each.dim() <= 1]
+    return [(each, each.detach().clone()) for each in parameters_of(model).values() if each.dim() <= 1]
 
 
 @torch.no_grad()

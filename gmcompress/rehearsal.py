@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .attaching import empty, exchange
-from .copies import duplicate, evaluating, state_of
+from .copies import duplicate, evaluating, parameters_of, state_of
 from .errors import GMError, said
 from .layers import GMLayer, GMWeight
 from .nesting import describe, laid_open
@@ -97,7 +97,7 @@ class _Reads(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names: dict[int, list[str]] = {}
-        for name, each in model.named_parameters():
+        for name, each in parameters_of(model).items():
             self.names.setdefault(_memory(each), []).append(name)
         self.seen: set[str] = set()
 
@@ -157,7 +157,7 @@ def _unread(model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> set[str]
     watched = watch(model, inputs)
     if watched is None:
         return set()
-    read = {id(each) for name, each in model.named_parameters() if name in watched[1]}
+    read = {id(each) for name, each in parameters_of(model).items() if name in watched[1]}
     return {site.name for site in sites if site.calls and id(_parameter(model, site.name)) not in read}
 
 
@@ -190,7 +190,9 @@ class _Rehearsal:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, inputs: Inputs, names: Sequence[str]) -> _Rehearsal:
-        twin = evaluating(duplicate(model, {})).requires_grad_(False)
+        twin = evaluating(duplicate(model, {}))
+        for each in parameters_of(twin).values():
+            each.requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         offsets = {}
         for name in names:
@@ -247,7 +249,7 @@ class _Rehearsal:
         What is reached otherwise than through the modules is not changed, by which that is found out.
         """
         kept = {id(_parameter(self.model, name)) for name in names}
-        pairs = zip(self.model.parameters(), self.twin.parameters(), strict=True)
+        pairs = zip(*(parameters_of(each).values() for each in (self.model, self.twin)), strict=True)
         memo = {id(old): nn.Parameter((old if id(old) in kept else new).detach(), False) for old, new in pairs}
         copied = evaluating(duplicate(self.model, memo))
         return exchange(copied, {name: self._stand_in(copied, name) for name in names})

@@ -12,6 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calibration import backpropagate
+from .copies import parameters_of
 from .nesting import floating
 from .surgery import Inputs
 
@@ -43,7 +44,7 @@ def sensitivities(
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         for batch in batches:
             backpropagate(model, batch, generator, logits=logits)
-    for each in model.parameters():
+    for each in parameters_of(model).values():
         each.grad = None
     found = {}
     for name, totals in sums.items():

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .attaching import CHILD, empty, exchange, structured
 from .batches import is_divisible
-from .copies import evaluating, state_of
+from .copies import evaluating, parameters_of, state_of
 from .errors import GMError, nearest_names, shown
 from .files import (
     file_digest,
@@ -180,7 +180,7 @@ def _example(model: nn.Module) -> Tensor | None:
     size = config.get("input_size") if isinstance(config, Mapping) else None
     if not size:
         return None
-    first = next(model.parameters())
+    first = next(iter(parameters_of(model).values()))
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, *size, generator=generator).to(device=first.device, dtype=first.dtype)
 
@@ -318,7 +318,7 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
     """Run the stored inputs again and compare with the stored outputs, to a tolerance of their dtype."""
     if not inputs:
         return
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    device = next((each.device for each in parameters_of(model).values()), torch.device("cpu"))
     named: dict[str, Any] = {}
     for text in inputs:
         name, is_setting, value = text.partition("=")

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
-from .copies import check_distinct, duplicate, evaluating, redirect_
+from .copies import check_distinct, duplicate, evaluating, parameters_of, redirect_
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 from .nesting import describe, drawn, own_copy
@@ -106,7 +106,7 @@ def check_model(model: nn.Module, *, meta: bool = False) -> None:
             raise GMError(f"{where} is wrapped in {wrapper}; unwrap it first: {unwrapped}")
     if isinstance(model, torch.jit.ScriptModule):
         raise GMError("the model is scripted; pass the nn.Module it was made from")
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model).items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise GMError(f"{name!r} is not initialised yet; run the model once before")
         if type(parameter.data).__name__ == "DTensor":
@@ -123,10 +123,10 @@ def shell(model: nn.Module) -> nn.Module:
     Raises:
         GMError: the model cannot be copied.
     """
-    memo = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    memo = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in parameters_of(model).values()}
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:  # whose run changes it
-            memo |= {id(each): nn.Parameter(each.detach().clone(), False) for each in module.parameters()}
+            memo |= {id(each): nn.Parameter(each.detach().clone(), False) for each in parameters_of(module).values()}
     return evaluating(duplicate(model, memo))
 
 
@@ -165,7 +165,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
     """One run in which random numbers are the same each time, and which leaves the caller's stream of them alone."""
-    devices = {each.device for each in model.parameters() if each.is_cuda}
+    devices = {each.device for each in parameters_of(model).values() if each.is_cuda}
     plain, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
         for seed in (torch.manual_seed, random.seed, np.random.seed):

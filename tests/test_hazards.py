@@ -115,6 +115,66 @@ def test_iterators_without_end_are_read_for_a_while():
     assert len(run(Endless(), torch.ones(1, 8))) == 1000
 
 
+@pytest.mark.parametrize("given", ["groups", "few"])
+def test_parameters_are_all_of_them_whatever_a_class_gives_out(given, tmp_path):
+    class Model(Base):
+        def parameters(self, recurse=True):
+            head = list(self.head.parameters(recurse))
+            return [{"params": head, "lr": 0.1}] if given == "groups" else head
+
+        def forward(self, x):
+            return self.head(self.features(x))
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(8, 8)
+    result = gm.compress(model, "C4", budget="85%", data=[x], effort=0.1)
+    assert result.report.before.parameters == 2 * 72 + 27
+    assert gm.doctor(model, x, "C4").works
+    tuned = gm.tune(result, [x], epochs=1, lr=1e-3).model
+    gm.save(tuned, tmp_path / "small", inputs=x)
+    assert_close(run(gm.load(tmp_path / "small", Model()), x), run(gm.densify(tuned), x))
+
+
+@pytest.mark.parametrize("where", ["inputs", "inside"])
+def test_sparse_and_nested_tensors_on_the_way(where):
+    class Graph(Base):
+        def forward(self, x, links):
+            return self.head(links @ self.features(links @ x))
+
+    class Sentences(Base):
+        def forward(self, x, links):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # such tensors are a prototype
+                nested = torch.nested.nested_tensor(
+                    [each[: 1 + at] for at, each in enumerate(x[:, None] * links[..., None])]
+                )
+                found = self.more(torch.relu(self.body(nested))).to_padded_tensor(0.0)
+            return self.head(found.sum(1))
+
+    torch.manual_seed(0)
+    links = torch.eye(8) + torch.eye(8).roll(1, 0)
+    if where == "inputs":
+        model, given = Graph(), {"x": torch.randn(8, 8), "links": links.to_sparse()}
+    else:
+        model, given = Sentences(), {"x": torch.randn(8, 8), "links": links}
+    result = gm.compress(model.eval(), "C4", budget="85%", data=[given], effort=0.1)
+    assert set(result.plan.layers) & {"body", "more"}
+    assert gm.tune(
+        result, [given], epochs=1, lr=1e-3, features=1.0, blocks=("more",) if where == "inputs" else ("head",)
+    )
+
+
+def test_a_model_that_turns_gradients_off_is_not_tuned():
+    class Still(Base):
+        @torch.no_grad()
+        def forward(self, x):
+            return self.head(self.features(x))
+
+    model, x = Still().eval(), torch.randn(8, 8)
+    with pytest.raises(gm.GMError, match="turns gradients off"):
+        gm.tune(gm.compress(model, "C4", rank=1, inputs=x), [x], epochs=1, lr=1e-3)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 0.0])
 def test_starved_layers_are_compressed_with_data(size):
     torch.manual_seed(0)

@@ -227,8 +227,9 @@ class Features:
 
 
 def _same_kind(ours: Any, theirs: Any) -> bool:
-    both = isinstance(ours, Tensor) and isinstance(theirs, Tensor)
-    return both and ours.shape == theirs.shape and ours.is_floating_point()
+    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)) or ours.is_nested or theirs.is_nested:
+        return False
+    return ours.shape == theirs.shape and ours.is_floating_point() and ours.layout is torch.strided
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> Tensor:  # ()

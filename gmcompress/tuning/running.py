@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attaching import structured
 from ..calibration import ends_in_classes
-from ..copies import duplicate, evaluating
+from ..copies import duplicate, evaluating, parameters_of
 from ..errors import GMError, said
 from ..layers import GMLayer
 from ..nesting import describe
@@ -45,7 +45,7 @@ class Run:
         from timm.utils import ModelEmaV3
 
         _check_length(loader)
-        if not any(each.requires_grad for each in model.parameters()):
+        if not any(each.requires_grad for each in parameters_of(model).values()):
             raise GMError("every parameter of the model is frozen, so there is nothing to fine-tune")
         self.recipe = recipe
         self.accelerator = _accelerator(recipe)
@@ -156,7 +156,7 @@ class Run:
         with own_random_numbers(), self.taken_back():
             self.model.train()
             self.loss(next(iter(self.loader), None), features=1.0).backward()
-        left = any(each.requires_grad and each.grad is None for each in self.model.parameters())
+        left = any(each.requires_grad and each.grad is None for each in parameters_of(self.model).values())
         self.model.zero_grad()
         for module, mode in modes.items():
             module.training = mode
@@ -190,9 +190,16 @@ class Run:
             group["lr"] = rate
         self.annealing.set(at / of)
         loss = self.loss(batch, features=1 - at / of)
-        self.accelerator.backward(loss)
+        if not loss.requires_grad:
+            raise GMError(
+                "no gradient reaches the parameters: the model's code turns gradients off, or uses none of them"
+            )
+        try:
+            self.accelerator.backward(loss)
+        except Exception as problem:
+            raise GMError(f"the backward pass of {type(self.plain).__name__} fails: {said(problem)}") from problem
         if self.recipe.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            self.accelerator.clip_grad_norm_(parameters_of(self.model).values(), self.recipe.clip)
         else:
             self.accelerator.unscale_gradients()
         self.decay.apply_(at, rate=rate)
@@ -218,7 +225,7 @@ class Run:
                 break
         if not seen:
             raise GMError("the loader is empty: it gave no batch")
-        for name, each in self.plain.named_parameters():
+        for name, each in parameters_of(self.plain).items():
             if each.requires_grad and not each.isfinite().all():
                 raise GMError(f"{name!r} is not finite after epoch {number}; try a smaller learning rate")
         self.annealing.set((first + seen) / steps)
@@ -267,7 +274,7 @@ class Run:
     @contextmanager
     def taken_back(self) -> Iterator[Callable[[], None]]:
         """Steps inside are undone at the end, and by the function given: weights, statistics, optimizer and scaler."""
-        tensors = [*chain(self.plain.parameters(), self.plain.buffers())]
+        tensors = [*chain(parameters_of(self.plain).values(), self.plain.buffers())]
         kept = [each.detach().clone() for each in tensors]
         parts = [self.optimizer, *([] if self.accelerator.scaler is None else [self.accelerator.scaler])]
         states = [copy.deepcopy(part.state_dict()) for part in parts]
