@@ -283,8 +283,11 @@ def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, Any], place: Path) -> None:
     """Put the stored tensors in place: shapes must agree, dtypes become the stored ones, ties stay ties."""
     aliases = content["aliases"]
-    own, buffers = state_of(model), dict(model.named_buffers(remove_duplicate=False))
     known = {*tensors, *aliases}
+    _make_buffers(
+        model, {name: tensors[aliases.get(name, name)] for name in known if aliases.get(name, name) in tensors}
+    )
+    own, buffers = state_of(model), dict(model.named_buffers(remove_duplicate=False))
     missing, foreign = sorted(set(own) - known), sorted(known - set(own))
     if missing or foreign:
         name = (missing or foreign)[0]
@@ -312,6 +315,16 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
             # a fresh copy is aligned in memory, without which some CPU kernels round in another order
             like = target if found.shape == target.shape else found  # strides stay, as those of channels_last
             target.data = torch.empty_like(like, dtype=found.dtype, device=target.device).copy_(found)
+
+
+def _make_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make the buffers, not filled yet, that a first run fills, and had filled in the model that was saved."""
+    device = next((each.device for each in parameters_of(model).values()), None)
+    for path, module in model.named_modules():
+        for key in [key for key, each in module._buffers.items() if each is None]:
+            found = tensors.get(f"{path}.{key}" if path else key)
+            if found is not None:
+                module._buffers[key] = torch.empty_like(found, device=device)
 
 
 def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str], place: Path) -> None:

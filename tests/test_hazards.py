@@ -219,3 +219,36 @@ def test_the_parameter_that_is_parametrized_is_named():
         "its bias is parametrized",
         "its weight is parametrized",
     ]
+
+
+def test_buffers_that_a_first_run_fills_are_stored(tmp_path):
+    class Fills(Base):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("places", None)
+
+        def forward(self, x):
+            if self.places is None:
+                self.places = torch.linspace(0, 1, x.shape[-1])
+            return self.head(self.features(x + self.places))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    small = gm.compress(Fills().eval(), "C4", rank=1, inputs=x).model
+    found = small(x)
+    gm.save(small, tmp_path / "small", inputs=x)
+    assert torch.equal(gm.load(tmp_path / "small", Fills())(x), found)
+
+
+@pytest.mark.parametrize(("layer", "form"), [(nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d)])
+def test_compressed_networks_take_a_memory_format(layer, form):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(layer(3, 8, 1), layer(8, 8, 3), nn.Conv1d(8, 8, 3)),
+        torch.randn(2, 3, *[5] * (form == torch.channels_last_3d), 5, 5),
+    )
+    small = gm.compress(model[:2].eval(), "C4", rank=1, inputs=x).model
+    expected = small(x)
+    for each in (small, gm.freeze(small, "dense"), gm.compress(model[2], "C4", rank=1).model):
+        each.to(memory_format=form)
+    assert_close(small.to(memory_format=form)(x.to(memory_format=form)), expected, slack=10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -104,6 +104,19 @@ class GMLayer(SharingModule):
         """Take the table of labels that all layers of this structure share where the stored tensors are."""
         if self.structure.group is not None:
             self.labels = label_table(self.structure, self.parts()["kernel"].device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `.to` goes through; a memory format is for images, whatever number of axes the stored tensors have."""
+
+        def applied(tensor: Tensor) -> Tensor:
+            try:
+                return fn(tensor)
+            except RuntimeError:
+                if tensor.dim() not in (4, 5):
+                    raise
+                return fn(tensor.reshape(-1)).reshape(tensor.shape)
+
+        return super()._apply(applied, recurse)
 
     def parts(self) -> dict[str, Tensor]:
         """The stored tensors of the weight by name."""
