@@ -48,11 +48,14 @@ def whole(inputs: Inputs) -> Inputs:
     return WholeList(inputs if isinstance(inputs, list | tuple) else [inputs])
 
 
-def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None) -> Taken:
+def take(
+    data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None, labels: bool = False
+) -> Taken:
     """The inputs of the first batches of a loader: at most `samples` examples and half a gigabyte.
 
-    A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out; a tensor alone is one batch. Inputs
-    beside labels may be a mapping or several tensors, and a list of images beside as many mappings is one argument.
+    A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out unless asked for; a tensor alone is
+    one batch. Inputs beside labels may be a mapping or several tensors, and a list of images beside as many mappings is
+    one argument.
 
     Raises:
         GMError: the data is empty, or a batch is something else.
@@ -63,6 +66,8 @@ def take(data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | 
     count = held = 0
     for batch in [data] if isinstance(data, Tensor | Mapping) else data:
         inputs = inputs_of(batch, device)
+        if labels and isinstance(batch, Mapping) and isinstance(inputs, dict) and "labels" in batch:
+            inputs["labels"] = _moved(batch["labels"], device)
         tensors = _tensors(inputs)
         if not any(each.dim() and len(each) for each in tensors):
             raise GMError(f"a batch of calibration data holds examples along its first axis, not {describe(inputs)}")

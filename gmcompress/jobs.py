@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Job:
         if not (isinstance(effort, int | float) and 0 < effort < math.inf):
             raise GMError(f"effort is a positive multiple of the usual one, not {effort!r}")
         device = next((each.device for each in parameters_of(model).values()), None)
-        batches = [] if data is None else take(data, samples=samples, device=device)
+        batches = [] if data is None else _taken(model, data, samples=samples, device=device)
         trial = private(model) if batches else None
         kept = [] if trial is None else undivided(trial, batches)
         if inputs is None and batches:
@@ -196,6 +197,24 @@ def _naming(layer: str) -> Iterator[None]:
         yield
     except (GMError, AttributeError) as problem:
         raise GMError(f"layer {layer or '(the model itself)'!r}: {problem}") from None
+
+
+def _taken(model: nn.Module, data: Iterable[Any], *, samples: int, device: torch.device | None) -> list[Inputs]:
+    """The inputs of the data, with the labels that a mapping holds where the model does not run without them.
+
+    So it is with translators, which make of the labels what their decoders read.
+    """
+    batches = take(data, samples=samples, device=device, labels="labels" in signature(model.forward).parameters)
+    bare: list[Inputs] = [
+        {key: each for key, each in inputs.items() if key != "labels"} if isinstance(inputs, Mapping) else inputs
+        for inputs in batches
+    ]
+    labelled = next(
+        (at for at, inputs in enumerate(batches) if isinstance(inputs, Mapping) and "labels" in inputs), None
+    )
+    if labelled is None or _runs(private(model), bare[labelled]) or not _runs(private(model), batches[labelled]):
+        return bare
+    return list(batches)
 
 
 def undivided(trial: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:

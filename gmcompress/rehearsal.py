@@ -167,7 +167,7 @@ def _read_aside(model: nn.Module) -> set[str]:
     reads = _Reads(followed)
     with suppress(Exception), reads:  # control flow, unusual arguments
         _Following(reads).trace(followed)
-    read = {id(each) for name, each in followed.named_parameters() if name in reads.seen}
+    read = {id(each) for name, each in parameters_of(followed).items() if name in reads.seen}
     return {held[0].name for held in holders(followed) if id(held[0].parameter) in read}
 
 

@@ -252,3 +252,18 @@ def test_compressed_networks_take_a_memory_format(layer, form):
     for each in (small, gm.freeze(small, "dense"), gm.compress(model[2], "C4", rank=1).model):
         each.to(memory_format=form)
     assert_close(small.to(memory_format=form)(x.to(memory_format=form)), expected, slack=10)
+
+
+def test_labels_are_read_where_a_model_does_not_run_without_them():
+    class Translates(Base):
+        def forward(self, x, decoder_x=None, labels=None):
+            if decoder_x is None:
+                decoder_x = nn.functional.one_hot(labels, 8).float()
+            return self.head(self.features(x + decoder_x))
+
+    torch.manual_seed(0)
+    model, batch = Translates().eval(), {"x": torch.randn(8, 8), "labels": torch.arange(8)}
+    result = gm.compress(model, "C4", budget="85%", data=[batch], effort=0.1)
+    assert set(result.inputs) == {"x", "labels"}
+    beside = [batch | {"decoder_x": batch["x"]}]
+    assert set(gm.compress(model, "C4", budget="85%", data=beside, effort=0.1).inputs) == {"x", "decoder_x"}
