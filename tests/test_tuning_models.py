@@ -196,3 +196,11 @@ def test_blocks_of_equal_outputs_and_weights_that_are_lost():
 
     with pytest.raises(gm.GMError, match=r"'body.weight' is not finite after epoch 0"):
         fine_tune(Steep(), batches(1), Recipe(epochs=1, lr=1e-3), teacher=Body())
+
+
+def test_sparse_gradients_are_trained_as_others():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 8, sparse=True), nn.Linear(8, 8), nn.Linear(8, 3))
+    result = gm.compress(model, "C4", rank=1)
+    tuned = gm.tune(result, [torch.arange(16).view(4, 4)], epochs=1, lr=1e-2).model
+    assert not torch.equal(tuned[0].weight, model[0].weight)

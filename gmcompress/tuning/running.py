@@ -198,6 +198,9 @@ class Run:
             self.accelerator.backward(loss)
         except Exception as problem:
             raise GMError(f"the backward pass of {type(self.plain).__name__} fails: {said(problem)}") from problem
+        for each in parameters_of(self.model).values():
+            if each.grad is not None and each.grad.layout is not torch.strided:  # which few optimizers take
+                each.grad = each.grad.to_dense()
         if self.recipe.clip is not None:
             self.accelerator.clip_grad_norm_(parameters_of(self.model).values(), self.recipe.clip)
         else:
