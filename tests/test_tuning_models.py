@@ -148,6 +148,10 @@ def test_the_loss_of_single_and_other_outputs(generator):
     yes = torch.tensor([0, 1, 1, 0, 1, 0])
     binary = F.binary_cross_entropy_with_logits(found[:, 0], yes.float())
     assert_close(distillation_loss(found, None, yes, RECIPE), binary)
+    logits, mixed = torch.randn(2, 5, 3, generator=generator).unbind()
+    shares = mixed.softmax(-1)
+    expected = -(shares * logits.log_softmax(-1)).sum(-1).mean()
+    assert_close(distillation_loss(logits, None, shares, RECIPE), expected)
     images = torch.randn(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)
     shifted = images[0] + 1  # which changes the probability of no class
     must_fail(

@@ -50,7 +50,10 @@ def distillation_loss(
     if not _has_classes(found, labels, logits=logits):
         loss = found.new_zeros(()) if wanted is None else recipe.distillation * relative_square(found, wanted)
         return loss if labels is None else loss + weight * _distance(found, labels)
-    axis = _class_axis(found, labels)
+    soft = labels is not None and labels.is_floating_point()
+    axis = _class_axis(found, None if soft else labels)
+    if labels is not None:
+        labels = labels.movedim(axis, -1).flatten(0, -2).float() if soft else labels.flatten().long()
     found = found.movedim(axis, -1).flatten(0, -2).float()
     loss = found.new_zeros(())
     if wanted is not None:
@@ -60,7 +63,7 @@ def distillation_loss(
     if labels is None:
         return loss
     try:
-        return loss + weight * F.cross_entropy(found, labels.flatten().long())
+        return loss + weight * F.cross_entropy(found, labels)
     except IndexError as problem:
         raise GMError(f"the labels do not fit outputs of {found.shape[-1]} classes: {said(problem)}") from problem
 
@@ -74,7 +77,14 @@ def _has_classes(found: Tensor, labels: Tensor | None, *, logits: bool) -> bool:
     """Whether outputs are logits of two classes or more."""
     if found.dim() < 2 or found.shape[_class_axis(found, None)] < 2:
         return False
-    return logits if labels is None else not labels.is_floating_point()
+    if labels is None or not labels.is_floating_point():
+        return logits or labels is not None
+    return labels.shape == found.shape and _are_shares(labels.movedim(_class_axis(found, None), -1))
+
+
+def _are_shares(labels: Tensor) -> bool:
+    """Whether labels are probabilities of the classes, as those of mixed examples are."""
+    return bool((labels >= 0).all() and ((labels.sum(-1) - 1).abs() < 1e-3).all())
 
 
 def relative_square(found: Tensor, wanted: Tensor) -> Tensor:  # ()
