@@ -139,7 +139,7 @@ class _Probes:
         try:
             for share in PROBES:
                 rank = max(1, rank_within(weight.shape, int(share * weight.numel()), grid=None, split=split))
-                tensors = subject.low_ranks[split].leading(rank)
+                tensors = subject.low_ranks(rank, split=split).leading(rank)
                 write_weight(self.dense, name, expand(tensors, Structure.factors(rank, split=split), weight.shape))
                 away = divergence(self.wanted, outputs(self.dense, self.batches), logits=self.calibration.logits)
                 points.append((subject.low_rank_loss(rank, split=split), away))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import gcd, prod
 from typing import Any
@@ -45,6 +45,7 @@ class Subject:
     conv_groups: int = 1
     positions: int | None = None  # outputs of one example to which the weight is applied; None where unknown
     itemsize: int = 4  # bytes of a stored number
+    factored: dict[bool, LowRanks] = field(default_factory=dict, compare=False, repr=False)  # those asked for, by view
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,18 +61,17 @@ class Subject:
         """tr(G W S Wᵀ), or 1 where that is nothing."""
         return float((self.weight.flatten(1) * self.weighed).sum()) or 1.0
 
-    @cached_property
-    def low_ranks(self) -> dict[bool, LowRanks]:
-        """The low ranks of the sizes offered, by whether the taps are split between the two sides."""
-        found = {}
-        for split in views_of(self.shape):
-            rank = max([1, *_ladder(self.shape, split=split)])
-            found[split] = low_ranks(self.weight, self.metric, rank, split=split)
-        return found
+    def low_ranks(self, rank: int, *, split: bool) -> LowRanks:
+        """The low ranks up to this one at least, and to the largest offered, of the view with the taps split or not."""
+        known = self.factored.get(split)
+        if known is None or known.largest < rank:
+            largest = max([rank, *_ladder(self.shape, split=split)])
+            known = self.factored[split] = low_ranks(self.weight, self.metric, largest, split=split)
+        return known
 
     def low_rank_loss(self, rank: int, *, split: bool) -> float:
         """The relative loss of a low rank."""
-        return float(self.low_ranks[split].losses[rank]) / self.whole
+        return float(self.low_ranks(rank, split=split).losses[rank]) / self.whole
 
     def relative_loss(self, approximation: Tensor) -> float:
         """tr(G E S Eᵀ)/tr(G W S Wᵀ)."""
@@ -261,7 +261,7 @@ def _estimated(subject: Subject, lower: Sequence[Candidate], *, split: bool) -> 
     limit, grids = subject.weight.numel(), grids_of(subject.shape)
     if not grids:
         return []
-    grid, known, ahead = grids[-1], subject.low_ranks[split], []
+    grid, known, ahead = grids[-1], subject.low_ranks(1, split=split), []
     for share in ANCHORS:
         structure = _sized(subject, share, grid, split=split)
         if structure is None or structure.lowrank > known.largest:
@@ -315,10 +315,8 @@ def fit_factors(
 
 
 def _start(subject: Subject, structure: Structure) -> Tensors:
-    """What `start_factors` gives; of the ranks offered it is known already."""
-    known = subject.low_ranks[structure.split]
-    if structure.lowrank > known.largest:
-        return start_factors(subject.weight, structure, subject.metric)
+    """What `start_factors` gives."""
+    known = subject.low_ranks(structure.lowrank, split=structure.split)
     return known.leading(structure.lowrank) if structure.grid is None else known.as_adapted(structure)
 
 
