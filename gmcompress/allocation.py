@@ -78,11 +78,15 @@ def tabulate(
     positions: Mapping[str, int] | None = None,
     notes: Notes | None = None,
     progress: Progress | None = None,
+    effort: float = 1.0,
 ) -> dict[str, list[Candidate]]:
-    """For every site the candidates and their losses: weighted by sensitivity with data, relative squared without."""
-    notes = notes or Notes(None, {})
+    """For every site the candidates and their losses: weighted by sensitivity with data, relative squared without.
+
+    `effort` multiplies what the fits may take.
+    """
+    notes, kind = notes or Notes(None, {}), "table" if effort == 1 else f"table-{effort:g}"
     by_name = {site.name: site for site in sites}
-    kept = {name: notes.read("table", name) for name in by_name}
+    kept = {name: notes.read(kind, name) for name in by_name}
     found = {name: [Candidate(**row) for row in each[0]["rows"]] for name, each in kept.items() if each}
     names = [name for name in by_name if name not in found]
     chunks = [names] if calibration is None else _chunks(dense, names, calibration)
@@ -101,11 +105,11 @@ def tabulate(
             assert weight is not None, "only matrices are planned"
             metric = Metric() if calibration is None else calibration.metric(name, layer, seen)
             subject = subject_of(by_name[name], weight, metric, positions=(positions or {}).get(name))
-            found[name] = candidates(subject, _fitting(dense, name, group))
+            found[name] = candidates(subject, _fitting(dense, name, group), effort=effort)
             if probes is not None:
                 sensitivity = probes.measure(name, subject)
                 found[name] = [sensitivity.weigh(each) for each in found[name]]
-            notes.write("table", name, {"rows": [asdict(each) for each in found[name]]})
+            notes.write(kind, name, {"rows": [asdict(each) for each in found[name]]})
     return {name: found[name] for name in by_name}
 
 

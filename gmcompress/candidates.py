@@ -140,20 +140,21 @@ def rank_within(shape: Sequence[int], limit: int, *, grid: tuple[int, int] | Non
     return min(limit // each, rows, prod(shape) // rows)
 
 
-def candidates(subject: Subject, group: Group | None) -> list[Candidate]:
+def candidates(subject: Subject, group: Group | None, *, effort: float = 1.0) -> list[Candidate]:
     """The candidates of one layer, dense among them, each with the relative loss of its fit; dominated ones left out.
 
     Low ranks in both views, adapted bases on the grid of blocks that suits the layer, and the group matrices of every
     quotient of `group` that fits, with displacement ranks up to 2. Along each family the fits are nested: a larger
-    rank starts from the smaller one's fit, so that more parameters never give a larger loss.
+    rank starts from the smaller one's fit, so that more parameters never give a larger loss. `effort` multiplies what
+    the fits may take.
     """
     lower = [each for split in views_of(subject.shape) for each in _low_ranks(subject, split=split)]
     found = [subject.candidate(None, 0.0), *lower]
     split = views_of(subject.shape)[-1]
     if _cost(subject) <= EFFORT[subject.metric.inputs is not None]:
-        found += _adapted(subject, split=split)
+        found += _adapted(subject, split=split, effort=effort)
     else:
-        found += _estimated(subject, lower, split=split)
+        found += _estimated(subject, lower, split=split, effort=effort)
     if group is not None:
         found += _group_matrices(subject, group, lower)
     return undominated(found)
@@ -236,9 +237,9 @@ def _divisor(width: int, wanted: int) -> int:
     return max(each for each in range(1, wanted + 1) if width % each == 0 and (width >= 2 * each or each == 1))
 
 
-def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
+def _adapted(subject: Subject, *, split: bool, effort: float) -> list[Candidate]:
     limit, chains = subject.weight.numel(), []
-    steps = 3 * STEPS if limit <= SMALL else STEPS
+    steps = max(1, round(effort * (3 * STEPS if limit <= SMALL else STEPS)))
     for grid in grids_of(subject.shape):
         rank = rank_within(subject.shape, int(ANCHOR * limit), grid=grid, split=split)
         if rank:
@@ -256,7 +257,7 @@ def _adapted(subject: Subject, *, split: bool) -> list[Candidate]:
     return found
 
 
-def _estimated(subject: Subject, lower: Sequence[Candidate], *, split: bool) -> list[Candidate]:
+def _estimated(subject: Subject, lower: Sequence[Candidate], *, split: bool, effort: float) -> list[Candidate]:
     """Adapted bases of a large weight: fitted at two sizes; at others as far ahead of low ranks as lies between."""
     limit, grids = subject.weight.numel(), grids_of(subject.shape)
     if not grids:
@@ -266,9 +267,9 @@ def _estimated(subject: Subject, lower: Sequence[Candidate], *, split: bool) -> 
         structure = _sized(subject, share, grid, split=split)
         if structure is None or structure.lowrank > known.largest:
             return []
-        effort = ANCHOR_EFFORT[subject.metric.inputs is not None]
+        allowed = effort * ANCHOR_EFFORT[subject.metric.inputs is not None]
         first = known.as_adapted(structure)
-        tensors = refine(subject.weight, structure, first, metric=subject.metric, effort=effort)
+        tensors = refine(subject.weight, structure, first, metric=subject.metric, effort=allowed)
         stored = structure.parameters(subject.shape)
         reached = max(_loss(subject, structure, tensors), TINY)
         ahead.append((stored / limit, math.log(reached / max(_loss_at(lower, stored), TINY))))

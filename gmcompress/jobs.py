@@ -133,6 +133,7 @@ class Job:
         for each in budgets:
             check_budgets(table, dense, bound, each)
         options: dict[str, Any] = {"positions": positions, "notes": notes, "progress": self.progress}
+        options["effort"] = self.effort
         options["calibration"] = self.calibration(dense, [*names, *chosen.prescribed])
         return replace(table, candidates=tabulate(private(dense), chosen.free, bound, **options))
 

@@ -382,6 +382,9 @@ def test_what_was_interrupted_goes_on(tmp_path) -> None:
     calls.clear()
     gm.compress(model, budget="75%", progress=lambda name, *_: calls.append(name), **options)
     assert calls == list(gm.plan(model, budget="75%", **options).layers), "another budget spares the table"
+    calls.clear()
+    gm.plan(model, budget="75%", progress=lambda name, *_: calls.append(name), effort=0.5, **options)
+    assert set(calls) >= set(expected.plan.layers), "another effort has a table of its own"
     with pytest.raises(gm.GMError, match="another model"):
         gm.compress(zoo.mlp(), budget="75%", **options)
     with pytest.raises(gm.GMError, match="another data"):

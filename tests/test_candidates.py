@@ -2,6 +2,7 @@
 
 import itertools
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from gmcompress.candidates import (
 from gmcompress.errors import GMError
 from gmcompress.factored import Window
 from gmcompress.factors import Metric
+from gmcompress.fitting import refine
 from gmcompress.groups import group
 from gmcompress.products import conv2d, linear, prepare
 from gmcompress.products import multiply_adds as window_macs
@@ -145,6 +147,23 @@ def test_losses_are_those_of_fits(data: bool, generator: Generator) -> None:
     for each in found:
         if each.structure.startswith("lowrank"):
             assert_close(each.loss, refitted(subject, Structure.parse(each.structure)), slack=1e4)
+
+
+@pytest.mark.parametrize("limit", [1e30, 0.0], ids=["all fitted", "two fitted"])
+def test_effort_multiplies_what_fits_may_take(limit: float, generator: Generator, monkeypatch) -> None:
+    subject, taken = subject_of((64, 64), 1, generator, data=True), []
+
+    def noted(*given: Any, **limits: Any) -> Any:
+        taken[-1].append(limits.get("iterations", limits.get("effort")))
+        return refine(*given, **limits | {"iterations": 1})
+
+    monkeypatch.setattr("gmcompress.candidates.EFFORT", {True: limit})
+    monkeypatch.setattr("gmcompress.candidates.refine", noted)
+    for effort in (1.0, 0.1):
+        taken.append([])
+        candidates(subject, None, effort=effort)
+    assert taken[0], "adapted bases are fitted"
+    assert taken[1] == pytest.approx([0.1 * each for each in taken[0]])
 
 
 def slow_undominated(found: list[Candidate]) -> set[tuple[int, int, float]]:
