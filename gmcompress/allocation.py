@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .batches import first_examples
 from .budgets import Budget
 from .calibration import divergence, outputs
-from .candidates import Subject, candidates, offered, priced, rank_within, views_of
+from .candidates import Subject, candidates, offered, priced, rank_within
 from .errors import GMError
-from .factors import Metric
+from .factors import Metric, views_of
 from .groups import Group
 from .moments import collect
 from .notes import Notes

@@ -61,13 +61,13 @@ def take(
         GMError: the data is empty, or a batch is something else.
     """
     if isinstance(data, Taken):
-        return Taken(_moved(each, device) for each in data)
+        return Taken(moved(each, device) for each in data)
     found = Taken()
     count = held = 0
     for batch in [data] if isinstance(data, Tensor | Mapping) else data:
         inputs = inputs_of(batch, device)
         if labels and isinstance(batch, Mapping) and isinstance(inputs, dict) and "labels" in batch:
-            inputs["labels"] = _moved(batch["labels"], device)
+            inputs["labels"] = moved(batch["labels"], device)
         tensors = _tensors(inputs)
         if not any(each.dim() and len(each) for each in tensors):
             raise GMError(f"a batch of calibration data holds examples along its first axis, not {describe(inputs)}")
@@ -82,7 +82,8 @@ def take(
     return found
 
 
-def _moved(inputs: Any, device: torch.device | None) -> Any:
+def moved(inputs: Any, device: torch.device | None) -> Any:
+    """The same nesting with its tensors on a device."""
     return tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
 
 
@@ -98,15 +99,15 @@ def inputs_of(batch: Any, device: torch.device | None = None) -> Inputs:
     if isinstance(batch, list | tuple) and len(batch) == 2 and _goes_with(*batch):
         batch = batch[0]
         if not isinstance(batch, Mapping):
-            return _moved(batch, device)
+            return moved(batch, device)
     if isinstance(batch, Mapping):
-        return {key: _moved(each, device) for key, each in batch.items() if key != "labels"}
+        return {key: moved(each, device) for key, each in batch.items() if key != "labels"}
     if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
-        return _moved(batch[0], device)
+        return moved(batch[0], device)
     if isinstance(batch, Tensor):
-        return _moved(batch, device)
+        return moved(batch, device)
     if _is_detection(batch):
-        return [_moved(list(batch[0]), device)]
+        return [moved(list(batch[0]), device)]
     raise GMError(f"a batch is (inputs, labels), inputs, or a mapping, but the data gave {describe(batch)}")
 
 

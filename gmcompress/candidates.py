@@ -15,7 +15,7 @@ from torch import Tensor
 from . import products
 from .errors import GMError
 from .factored import Window
-from .factors import Metric, Tensors, start_factors
+from .factors import Metric, Tensors, start_factors, views_of
 from .fitting import OVERHEAD, refine
 from .groups import Group, quotients
 from .lowranks import LowRanks, low_ranks
@@ -195,15 +195,6 @@ def undominated(found: Sequence[Candidate]) -> list[Candidate]:
 def beats(one: Candidate, other: Candidate) -> bool:
     """Whether one candidate is at most as large as another in every cost and at most as lossy."""
     return one.params <= other.params and one.loss <= other.loss and (one.macs or 0) <= (other.macs or 0)
-
-
-def views_of(shape: Sequence[int]) -> list[bool]:
-    """The views of a weight as a matrix: rows × columns·taps, and for a kernel with the taps split between the sides.
-
-    >>> views_of((64, 64, 3, 3)), views_of((64, 64, 1, 1))
-    ([False, True], [False])
-    """
-    return [False, True] if len(shape) == 4 and min(shape[2:]) > 1 else [False]
 
 
 def _cost(subject: Subject) -> float:

@@ -209,6 +209,11 @@ def parameters_of(model: nn.Module, *, aliases: bool = False) -> dict[str, nn.Pa
     return dict(nn.Module.named_parameters(model, remove_duplicate=not aliases))
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the first parameter lies; None of a model that has none."""
+    return next((each.device for each in parameters_of(model).values()), None)
+
+
 def count_parameters(model: nn.Module) -> int:
     """The numbers in all parameters, tied ones counted once."""
     return sum(each.numel() for each in parameters_of(model).values())

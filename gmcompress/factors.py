@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -132,6 +132,15 @@ class Form:
             u, s = u * s, torch.ones_like(s)
         found = {"left": u.reshape(shapes["left"]), "right": v.reshape(-1, v.shape[-1]).mT.reshape(shapes["right"])}
         return found if self.structure.grid is None else found | {"scales": s}
+
+
+def views_of(shape: Sequence[int]) -> list[bool]:
+    """The views of a weight as a matrix: rows × columns·taps, and for a kernel with the taps split between the sides.
+
+    >>> views_of((64, 64, 3, 3)), views_of((64, 64, 1, 1))
+    ([False, True], [False])
+    """
+    return [False, True] if len(shape) == 4 and min(shape[2:]) > 1 else [False]
 
 
 def start_factors(weight: Tensor, structure: Structure, metric: Metric) -> Tensors:

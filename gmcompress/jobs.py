@@ -18,7 +18,7 @@ from .batches import count_examples, first_of, is_divisible, take, whole
 from .blocks import Refit, refit_blocks
 from .budgets import Budget
 from .calibration import ends_in_classes
-from .copies import count_parameters, duplicate, evaluating, parameters_of
+from .copies import count_parameters, device_of, duplicate, evaluating, parameters_of
 from .errors import GMError
 from .factors import Metric
 from .files import json_digest
@@ -71,7 +71,7 @@ class Job:
         """
         if not (isinstance(effort, int | float) and 0 < effort < math.inf):
             raise GMError(f"effort is a positive multiple of the usual one, not {effort!r}")
-        device = next((each.device for each in parameters_of(model).values()), None)
+        device = device_of(model)
         batches = [] if data is None else _taken(model, data, samples=samples, device=device)
         trial = private(model) if batches else None
         kept = [] if trial is None else undivided(trial, batches)

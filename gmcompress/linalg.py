@@ -103,9 +103,10 @@ def gram_matrix(rows: Tensor) -> Tensor:  # (*b, n, m) -> (*b, m, m)
     return found
 
 
-def _small_gram(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (b, n, n) or (b, m, m), whichever is smaller
-    short = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
-    return (short @ short.mT).flatten(0, -3) if matrix.dim() > 2 else (short @ short.mT)[None]
+def small_gram(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (b, n, n) or (b, m, m), whichever is smaller
+    """The Gram matrix of rows or columns, whichever are fewer, always with one axis for all matrices."""
+    found = gram_matrix(matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix)
+    return found.flatten(0, -3) if matrix.dim() > 2 else found[None]
 
 
 def spectral_norm(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (*b,)
@@ -114,7 +115,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (*b,)
     >>> spectral_norm(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
     tensor(4.)
     """
-    gram = _small_gram(matrix)
+    gram = small_gram(matrix)
     iterated = gram.device.type == "cpu" and gram.dtype in DOUBLE and gram.shape[-1] >= ALL
     found = _leading_values(gram, 1) if iterated else None
     values = torch.linalg.eigvalsh(gram) if found is None else found
@@ -135,7 +136,7 @@ def count_above(matrix: Tensor, scale: Tensor, tolerance: float) -> Tensor:  # (
     """
     if tolerance**2 < 100 * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps:
         return (torch.linalg.svdvals(matrix) > tolerance * scale[..., None]).sum(-1)
-    gram, level = _small_gram(matrix), (tolerance * scale.reshape(-1, 1)).square()
+    gram, level = small_gram(matrix), (tolerance * scale.reshape(-1, 1)).square()
     if gram.shape[-1] < ALL:
         found = (torch.linalg.eigvalsh(gram) > level).sum(-1)
     else:

@@ -11,6 +11,7 @@ from math import gcd, isfinite, prod
 from typing import Any
 
 from .errors import GMError, nearest_names, shown
+from .factors import views_of
 from .files import parse_json
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
@@ -372,7 +373,7 @@ def _structure_or_reason(site: Site, default: Structure, rules: _Rules) -> Struc
             wanted = Structure(wanted.group, wanted.rows, wanted.columns, wanted.taps, **ranks)
         else:
             ranked = False
-    if ranked and wanted.lowrank and len(site.shape) == 4 and min(site.shape[2:]) > 1:
+    if ranked and wanted.lowrank and views_of(site.shape)[-1]:
         wanted = replace(wanted, split=True)  # nearer to trained kernels than rows × columns·taps, at fewer numbers
     return _fitted(site, wanted, ranked=ranked)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .errors import GMError
-from .factors import Metric, start_factors
+from .factors import Metric, start_factors, views_of
 from .fitting import refine
 from .groups import Group
-from .linalg import trailing_energy, truncated_svd
+from .linalg import small_gram, trailing_energy, truncated_svd
 from .structure import (
     Structure,
     as_structure,
@@ -201,15 +201,14 @@ def svd_error(weight: Tensor, stored: int, *, conv_groups: int = 1) -> float:
     has one matrix, and the same rank, in each of its groups.
     """
     exact = check_weight(weight)
-    exact = exact if exact.numel() <= EXACT else exact.float()
+    exact = exact.to(exactness(exact))
     apart = exact.reshape(conv_groups, exact.shape[0] // conv_groups, *exact.shape[1:])
     views = [apart.flatten(2)]
-    if apart.dim() == 5 and apart.shape[3] > 1 and apart.shape[4] > 1:
+    if views_of(exact.shape)[-1]:
         views.append(apart.transpose(2, 3).flatten(3).flatten(1, 2))
     total = float(exact.square().sum())
     errors = []
     for view in views:
         rank = stored // (conv_groups * sum(view.shape[1:]))
-        short = view if view.shape[1] <= view.shape[2] else view.mT
-        errors.append((trailing_energy(short @ short.mT, rank) / total) ** 0.5 if total else 0.0)
+        errors.append((trailing_energy(small_gram(view), rank) / total) ** 0.5 if total else 0.0)
     return min(errors)

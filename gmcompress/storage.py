@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .attaching import CHILD, empty, exchange, structured
-from .batches import is_divisible
-from .copies import evaluating, parameters_of, state_of
+from .batches import is_divisible, moved
+from .copies import device_of, evaluating, parameters_of, state_of
 from .errors import GMError, nearest_names, shown
 from .files import (
     file_digest,
@@ -212,9 +212,8 @@ def _own_pair(model: nn.Module, known: Inputs | None) -> tuple[dict[str, Any], s
         by_name(list(known) if isinstance(known, tuple) else known)
     except GMError as problem:
         return {}, f": {problem}"
-    device = next((each.device for each in model.parameters()), None)  # which may have changed since
     try:
-        return _pair(model, tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, known)), ""
+        return _pair(model, moved(known, device_of(model))), ""  # it may have been moved since
     except GMError as problem:
         raise GMError(f"{problem}, though it was compressed on these; pass inputs= on which it runs") from problem
 
@@ -319,7 +318,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
 
 def _make_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Make the buffers, not filled yet, that a first run fills, and had filled in the model that was saved."""
-    device = next((each.device for each in parameters_of(model).values()), None)
+    device = device_of(model)
     for path, module in model.named_modules():
         for key in [key for key, each in module._buffers.items() if each is None]:
             found = tensors.get(f"{path}.{key}" if path else key)
@@ -331,7 +330,7 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
     """Run the stored inputs again and compare with the stored outputs, to a tolerance of their dtype."""
     if not inputs:
         return
-    device = next((each.device for each in parameters_of(model).values()), torch.device("cpu"))
+    device = device_of(model) or torch.device("cpu")
     named: dict[str, Any] = {}
     for text in inputs:
         name, is_setting, value = text.partition("=")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..copies import count_parameters
 from ..errors import GMError
 from ..files import usable
 from ..reporting import Report
@@ -142,7 +143,7 @@ def _place(given: Given) -> tuple[Path, bool]:
 
 def _validate(given: Given, progress: Progress) -> Answer:
     name, model, found = validate_run(_settings(given), progress=progress)
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters = count_parameters(model)
     data = {"network": name, "parameters": parameters, **asdict(found)}
     row = (name, f"{parameters:,}", f"{found.images:,}", f"{found.top1:.2f}", f"{found.top5:.2f}")
     return data, [Table("", ["network", "parameters#", "images#", "top-1, %#", "top-5, %#"], [row])]
