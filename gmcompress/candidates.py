@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import products
+from . import costs
 from .errors import GMError
 from .factored import Window
 from .factors import Metric, Tensors, start_factors, views_of
@@ -126,7 +126,7 @@ def multiply_adds(structure: Structure | None, shape: Sequence[int], *, conv_gro
     taps = tuple(shape[2:]) or (1, 1)
     sizes = tuple(1 if each % 2 else each for each in taps)
     window = Window(padding=(taps[0] // 2 * (taps[0] % 2), taps[1] // 2 * (taps[1] % 2)))
-    return min(dense, products.multiply_adds(structure, shape, (1, *sizes), window))
+    return min(dense, costs.multiply_adds(structure, shape, (1, *sizes), window))
 
 
 def rank_within(shape: Sequence[int], limit: int, *, grid: tuple[int, int] | None, split: bool) -> int:

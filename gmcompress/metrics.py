@@ -16,15 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attaching import CHILD, dense_class, is_replaced, structured
 from .copies import count_parameters, parameters_of, state_of
+from .costs import expansion_macs
 from .errors import GMError
 from .groupconv import GroupConv
 from .homogeneous import HomogeneousConv
 from .kinds import kind_of
 from .lattice import LatticeConv
-from .layers import GMConv2d, GMLayer, GMWeight
+from .layers import GMLayer, GMWeight
 from .nesting import describe
-from .products import multiply_adds
-from .structure import Structure, displacement_rank, distance, generator_displacement_rank
+from .structure import displacement_rank, distance, generator_displacement_rank
 from .surgery import Inputs, check_model, find_weight, run, shell
 from .tables import table_text
 
@@ -242,31 +242,18 @@ def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) ->
     """Multiply-adds of one call of a layer as it is executed, from the shape of its output (and input, if transposed).
 
     A structured layer runs the dense product with its computed weight, after the products that compute it unless it is
-    frozen; or, where it was frozen so, the fast product.
+    frozen; or the fast product, as it was frozen or as takes far fewer.
     """
     if isinstance(layer, _ON_GROUPS):
         return layer.multiply_adds(output.shape)
-    if isinstance(layer, GMLayer) and layer.path == "structured":
-        assert given is not None, "a layer that was called has an input"
-        return _fast_macs(layer, given)
+    if isinstance(layer, GMLayer) and given is not None and layer.takes_fast_product(given):
+        return layer.fast_macs(given)
     extra = 0
     if isinstance(layer, GMLayer) and not layer.is_frozen:
         extra = expansion_macs(layer.structure, layer.weight_shape)
     if isinstance(layer, GMWeight):  # the product is its module's
         return extra
     return _positions(layer, output, given) * prod(_weight_shape(layer)) + extra
-
-
-def _fast_macs(layer: GMLayer, given: Tensor) -> int:
-    """Multiply-adds of the fast product on an input."""
-    if not isinstance(layer, GMConv2d):
-        return multiply_adds(layer.structure, layer.weight_shape, (given.numel() // given.shape[-1],))
-    samples = 1 if given.dim() == 3 else len(given)
-    height, width = given.shape[-2:]
-    if layer.window.padding != layer.padding:  # the layer pads it
-        left, right, top, bottom = layer._reversed_padding_repeated_twice
-        height, width = height + top + bottom, width + left + right
-    return multiply_adds(layer.structure, layer.weight_shape, (samples, height, width), layer.window)
 
 
 def _weight_shape(layer: nn.Module, key: str = "weight") -> tuple[int, ...]:
@@ -327,13 +314,6 @@ def _appliers(model: nn.Module, name: str) -> list[nn.Module]:
     if key != "weight" or weight is None:
         return [module] if key == "weight" and is_counted(module) else []
     return [each for each in model.modules() if is_counted(each) and each._parameters.get(key) is weight]
-
-
-def expansion_macs(structure: Structure, shape: tuple[int, ...]) -> int:
-    """Multiply-adds that compute the dense weight: gates × filters, scales × right, and left × right."""
-    gates = structure.displacement * prod(shape) if structure.displacement else 0
-    scaled = 0 if structure.grid is None else structure.grid[0] * prod(structure.shapes(shape)["right"])
-    return gates + scaled + structure.lowrank * prod(shape)
 
 
 def equivariance(model: nn.Module, *, tolerance: float | None = None) -> list[dict[str, Any]]:

@@ -159,16 +159,20 @@ def _spectra(tensors: Mapping[str, Tensor], group: Group) -> Tensors:
     o, more, i, _, *taps = kernel.shape
     layout = layout_of(group)
     wide = torch.promote_types(kernel.dtype, torch.float32)
-    apart = kernel.to(wide).reshape(o * more, i, *layout.lengths, prod(taps))
+    apart = kernel.to(wide).movedim(3, 0).reshape(group.order, -1)  # whose transforms move no single numbers
     for number, basis in enumerate(_constants(group, kernel.dtype, kernel.device)):
         ready[f"basis{number}"] = basis
     for number, each in enumerate(layout.combinations):
-        found = apart
-        for family in each.families:  # (o, i, n, ..., taps) -> (o, i, ..., taps, count, size, size)
-            found = torch.tensordot(found, _matrices(family, wide, kernel.device), dims=([2], [3]))
-        end = 3 + 3 * len(each.families)
-        order = [*range(3, end, 3), *range(4, end, 3), 0, *range(5, end, 3), 1, 2]
-        spectrum = found.permute(order).reshape(each.blocks, each.size * o * more, each.size * i, *taps)
+        found, done = apart, 1
+        for length, family in zip(layout.lengths, each.families, strict=True):  # n -> count·size·size, the first first
+            matrices = _matrices(family, wide, kernel.device).flatten(0, 2)
+            found = torch.matmul(matrices, found.reshape(done, length, -1))
+            done *= len(matrices)
+        k = 3 * len(each.families)
+        sizes = tuple(size for family in each.families for size in (family.count, family.size, family.size))
+        order = [*range(0, k, 3), *range(1, k, 3), k, *range(2, k, 3), k + 1]
+        spectrum = found.reshape(*sizes, o * more, -1).permute(order)
+        spectrum = spectrum.reshape(each.blocks, each.size * o * more, each.size * i, *taps)
         ready[f"spectrum{number}"] = spectrum.to(kernel.dtype).contiguous()
     return ready
 
@@ -367,37 +371,3 @@ def conv2d(
         found = factors if found is None else found + factors
     assert found is not None, "a structure has a group or a factor part"
     return found if bias is None else found + bias.to(found.dtype)[:, None, None]
-
-
-def multiply_adds(
-    structure: Structure,
-    shape: Sequence[int],  # of the weight
-    size: Sequence[int],  # of the input, without channels: (N,) or (N, height, width)
-    window: Window | None = None,
-) -> int:
-    """Multiply-adds of the fast product in matrix products and convolutions; gates and sums are not counted.
-
-    >>> multiply_adds(Structure.parse("lowrank:3"), (10, 20), (7,))
-    630
-    """
-    samples, rows, columns = size[0], shape[0], shape[1]
-    window = window or Window()
-    height, width = tuple(size[1:]) or (1, 1)
-    ky, kx = tuple(shape[2:]) or (1, 1)
-    high, wide = window.size(0, height, ky), window.size(1, width, kx)
-    outputs = samples * high * wide
-    total = 0
-    if structure.group is not None:
-        more = 1 + structure.displacement
-        n, layout = structure.group.order, layout_of(structure.group)
-        total += sum(layout.lengths) * (samples * height * width * columns + outputs * rows * more)
-        for each in layout.combinations:
-            products = each.repeats * each.blocks * each.size**2
-            total += outputs * products * (rows // n * more) * (columns // n) * ky * kx
-    if structure.lowrank:
-        inner = samples * height * wide if structure.split else outputs
-        coupling = 0 if structure.grid is None else prod(structure.grid)
-        across = kx if structure.split else ky * kx
-        total += structure.lowrank * (inner * (columns * across + coupling))
-        total += structure.lowrank * outputs * rows * (ky if structure.split else 1)
-    return total

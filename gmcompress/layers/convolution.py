@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:  # (batch, in_channels, height, width)
         """The convolution of `nn.Conv2d` with the computed weight."""
-        ready, padding = self._ready(), self.padding
+        ready, padding = self._ready(input), self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
@@ -112,6 +113,18 @@ class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc]
         beforehand = self.padding_mode != "zeros" or isinstance(self.padding, str)
         padding: Any = (0, 0) if beforehand else self.padding
         return Window(self.stride, padding, self.dilation)  # type: ignore[arg-type]
+
+    def _moves(self, given: Tensor) -> tuple[tuple[int, ...], Window, int] | None:
+        if given.dim() not in (3, 4) or not given.numel() or given.shape[-3] != self.in_channels:
+            return None
+        window, (height, width) = self.window, given.shape[-2:]
+        if window.padding != self.padding:  # this layer pads it
+            left, right, top, bottom = self._reversed_padding_repeated_twice
+            height, width = height + top + bottom, width + left + right
+        taps = self.kernel_size
+        if min(window.size(0, height, taps[0]), window.size(1, width, taps[1])) < 1:
+            return None
+        return (given.numel() // prod(given.shape[-3:]), height, width), window, self.groups
 
     def why_slow(self) -> str | None:
         """Why there is no fast product, None where there is one."""

@@ -52,11 +52,16 @@ class GMLinear(GMLayer, nn.Linear):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:  # (*batch, in_features) -> (*batch, out_features)
         """x W(kernel, ...)ᵀ + bias."""
-        ready = self._ready()
+        ready = self._ready(input)
         if ready is not None:
             found = linear(input, ready, self.structure, self.bias, layout=self.layout)
             return found.contiguous()  # as torch's own, so that it can be viewed
         return F.linear(input, self._dense(), self.bias)
+
+    def _moves(self, given: Tensor) -> tuple[tuple[int, ...], None, int] | None:
+        if not given.dim() or not given.numel() or given.shape[-1] != self.in_features:
+            return None
+        return (given.numel() // self.in_features,), None, 1
 
     def dense(self) -> nn.Linear:
         """The `nn.Linear` with the same function."""

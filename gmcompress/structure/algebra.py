@@ -80,15 +80,16 @@ def expand(
     o, i, carried = structure.blocks(shape)
     kernel = tensors["kernel"]
     labels = index_tensor(structure.labels, kernel) if labels is None else labels.long()
-    size, points = shape[0] // o, structure.points
+    rows = kernel.reshape(o, 1, i, -1)  # of group diagonals, orbits and carried taps as one axis: gathered fastest
     if "gates" in tensors:
         rank, order = tensors["gates"].shape[1:]
-        gated = tensors["gates"].transpose(1, 2) @ tensors["filters"].reshape(o, rank, -1)  # (o, n, i·points·carried)
-        rows = (kernel.reshape(o, 1, -1) + gated).reshape(o, order, i, points, carried)
-        weight = rows.gather(3, labels[None, :, None, :, None].expand_as(rows))
-    else:
-        flat = kernel.reshape(o, i, structure.orbits, carried).index_select(2, labels.flatten())
-        weight = flat.reshape(o, i, size, points, carried).transpose(1, 2)
+        gated = tensors["gates"].transpose(1, 2) @ tensors["filters"].reshape(o, rank, -1)
+        rows = rows + gated.reshape(o, order, i, -1)
+    places = labels
+    if carried > 1:
+        places = (labels[..., None] * carried + torch.arange(carried, device=labels.device)).flatten(1)
+    target = (o, len(labels), i, places.shape[1])
+    weight = rows.expand(*target[:3], -1).gather(3, places[None, :, None].expand(target))
     weight = weight.reshape(tuple(shape))
     return weight + factor_weight(tensors, structure, shape) if "left" in tensors else weight
 

@@ -75,9 +75,8 @@ def fine_tune(
             raise GMError("resume=True needs the folder of the checkpoints")
         history, decided = load_checkpoint(folder, run.state(), asdict(recipe))
     with own_random_numbers():
-        quick = run.take_quick_paths() if not history or decided.get("quick") else []
         if not history:
-            decided = _begin(run, begun, progress) | {"quick": bool(quick)}
+            decided = _begin(run, begun, progress)
         for epoch in range(len(history), math.ceil(decided["steps"] / run.steps)):
             seed_all(recipe.seed, epoch + 1)
             row = run.epoch(epoch, steps=decided["steps"], peak=decided["lr"], progress=progress)
@@ -91,8 +90,6 @@ def fine_tune(
             if each_epoch is not None:
                 each_epoch(dict(row))
             run.accelerator.wait_for_everyone()
-    for layer in quick:
-        layer.path = "dense"
     return run.finish(), history
 
 

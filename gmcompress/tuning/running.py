@@ -20,12 +20,10 @@ from ..attaching import structured
 from ..calibration import ends_in_classes
 from ..copies import duplicate, evaluating, parameters_of
 from ..errors import GMError, said
-from ..layers import GMLayer
 from ..nesting import describe
 from ..surgery import Inputs, call
 from .factors import Annealing, Decay
 from .losses import Features, distillation_loss, outputs_of, outputs_to_compare, own_loss, parts_of
-from .quick import quick_layers
 from .recipe import BATCH_NORMS, Recipe, learning_rate, optimizer_name, rates_to_try
 
 Progress = Callable[[int, int, int, float], None]  # epoch, step, steps, loss; the epoch of the trial is -1
@@ -163,25 +161,6 @@ class Run:
         if drawing is not None:
             drawing.set_state(drawn)
         return self.mean(float(left)) > 0
-
-    def take_quick_paths(self) -> list[GMLayer]:
-        """Let the layers that train faster so multiply by their structure; these layers, none where that does not run.
-
-        On the CPU alone, in a single process: nowhere else has it been measured.
-        """
-        found = quick_layers(self.plain)
-        if not found or self.device.type != "cpu" or self.accelerator.num_processes > 1:
-            return []
-        for layer in found:
-            layer.path = "structured"
-        try:
-            with own_random_numbers():
-                self.loss_on([next(iter(self.loader))])
-        except Exception:  # of any kind: some inputs, such as nested ones, only the dense product takes
-            for layer in found:
-                layer.path = "dense"
-            return []
-        return found
 
     def step(self, batch: Any, *, at: int, of: int, peak: float, warmup: float) -> float:
         """One step of the optimizer, and its loss."""
