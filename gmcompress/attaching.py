@@ -2,8 +2,8 @@
 
 A plain Linear or Conv2d is replaced by a structured layer. Every other module keeps its class's behaviour, forward,
 hooks, children and other parameters: only the parameter goes, and in its place the module gets a GMWeight as a child
-and a subclass of its class, in which the parameter's name is a property that computes it. So it is with tied weights,
-one GMWeight for all the modules that hold them.
+and a subclass of its class, in which the parameter's name is a property that computes it. So it is with tied weights:
+every module that holds one gets a GMWeight, all of them twins with the same stored tensors.
 """
 
 from __future__ import annotations
@@ -139,13 +139,13 @@ def _detach_(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
 
 def attached(model: nn.Module) -> dict[str, tuple[GMWeight, list[tuple[nn.Module, str]]]]:
     """The attached weights by name, that of the first module to hold each, and all modules and names under which."""
-    names: dict[int, str] = {}
+    names: dict[tuple[int, ...], str] = {}
     found: dict[str, tuple[GMWeight, list[tuple[nn.Module, str]]]] = {}
     for path, module in model.named_modules():
         for key in module._attached_names if isinstance(module, _Attached) else ():
             weight = module._modules.get(CHILD + key)
             if isinstance(weight, GMWeight):
-                name = names.setdefault(id(weight), site_name(path, key))
+                name = names.setdefault(weight.identity, site_name(path, key))
                 found.setdefault(name, (weight, []))[1].append((module, key))
     return found
 
@@ -156,8 +156,10 @@ def structured(model: nn.Module) -> dict[str, GMLayer]:
     >>> structured(nn.Sequential(nn.ReLU(), attach_(nn.Embedding(8, 4), "weight", GMWeight((8, 4), "lowrank:1"))))
     {'1': GMWeight((8, 4), 'lowrank:1')}
     """
-    names = {id(weight): name for name, (weight, _) in attached(model).items()}
-    layers = {path: each for path, each in model.named_modules() if isinstance(each, GMLayer)}
+    held = attached(model)
+    names = {id(weight): name for name, (weight, _) in held.items()}
+    twins = {id(getattr(module, CHILD + key)) for _, places in held.values() for module, key in places} - names.keys()
+    layers = {path: each for path, each in model.named_modules() if isinstance(each, GMLayer) and id(each) not in twins}
     return {names.get(id(each), path): each for path, each in layers.items()}
 
 
@@ -252,7 +254,7 @@ def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool
         for each in held:
             weight = weights.get(id(each.parameter))
             if weight is not None:
-                attach_(each.module, each.key, weight)
+                attach_(each.module, each.key, weight if each is held[0] else weight.twin())
     _follow_ties_(changed)
     return changed
 

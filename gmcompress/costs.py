@@ -71,7 +71,7 @@ def is_fast(
 
     A rule of shapes alone, so that what is done again takes the same way; for CPUs, where it was measured.
 
-    >>> is_fast(Structure.parse("lowrank:16"), (64, 64), (1000,)), is_fast(Structure.parse("C2"), (64, 64), (1000,))
+    >>> is_fast(Structure.parse("lowrank:16"), (512, 512), (9,)), is_fast(Structure.parse("C2"), (64, 64), (9,))
     (True, False)
     """
     if why_slow(structure, conv_groups) is not None:

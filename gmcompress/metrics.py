@@ -252,7 +252,7 @@ def layer_macs(layer: nn.Module, output: Tensor, given: Tensor | None = None) ->
     if isinstance(layer, GMLayer) and not layer.is_frozen:
         extra = expansion_macs(layer.structure, layer.weight_shape)
     if isinstance(layer, GMWeight):  # the product is its module's
-        return extra
+        return extra if layer.original is None else 0
     return _positions(layer, output, given) * prod(_weight_shape(layer)) + extra
 
 

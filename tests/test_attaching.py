@@ -176,12 +176,30 @@ def test_tied_weights_stay_tied(tmp_path):
     assert result.report.after.parameters <= 0.6 * result.report.before.parameters
     gm.save(result, tmp_path / "small")
     for each in (result.model, copy.deepcopy(result.model), gm.load(tmp_path / "small", zoo.Tied())):
-        assert each.head.structured_weight is each.embedding.structured_weight
+        assert each.head.structured_weight.same_as(each.embedding.structured_weight)
         assert sum(part.numel() for part in each.parameters()) == result.report.after.parameters
     dense = gm.densify(result.model)
     assert dense.head.weight is dense.embedding.weight
     site = gm.trace(model, inputs)[0]
     assert (site.name, site.aliases, site.role, site.calls) == ("embedding", ("head",), "output embedding", 2)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tied_weights_under_functional_call(frozen):
+    """Which puts a module's tensors back by name: one module under two names would keep those of the call."""
+    model, inputs = small("tied", include="*")
+    expected = run(model, inputs)
+    model = gm.freeze(model, "dense") if frozen else model
+    others = {name: torch.randn_like(each) for name, each in model.named_parameters()}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(others, strict=False)
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    assert_same(torch.func.functional_call(model, others, args), run(twin, inputs))
+    assert_same(run(model, inputs), expected)
+    must_fail(assert_same, run(twin, inputs), expected)
+    assert list(structured(model)) == list(structured(twin)) == ["embedding", "body"]
+    model.float()
+    assert model.head.structured_weight.same_as(model.embedding.structured_weight)
 
 
 def test_hooks_and_attributes_are_kept():
@@ -248,7 +266,7 @@ def test_in_place_rolls_back_whole():
         assert list(after) == list(before)
         assert all(id(after[name]) == key and torch.equal(after[name], old) for name, (key, old) in before.items())
     assert gm.compress(model.train(), "C4", rank=1, inplace=True).model is model
-    assert model.table.structured_weight is model.again.structured_weight
+    assert model.table.structured_weight.same_as(model.again.structured_weight)
     assert vars(model)["_tied_weights_keys"] != Refuses._tied_weights_keys == gm.densify(model)._tied_weights_keys
 
 

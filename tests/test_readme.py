@@ -91,7 +91,7 @@ def test_commands_run_in_their_order(place, monkeypatch, capsys):
 def test_the_demo_and_the_test_command_are_those_that_ci_runs():
     lines = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
     assert 'python -m pip install ".[demo]" && gmcompress demo' in lines
-    assert 'python -m pip install -e ".[dev]" && python -m pytest' in lines
+    assert 'python -m pip install -e ".[dev]" && python -m pytest -n 2 --dist loadfile' in lines
     assert "<!-- test command -->\n```bash\npython -m pip install -e" in (ROOT / "README.md").read_text()
     assert "test command" in (ROOT / ".ci" / "run").read_text()
 

@@ -193,7 +193,7 @@ def test_what_is_tied_stays_tied_in_the_hands_of_transformers(name, tmp_path):
     with pytest.raises(gm.GMError, match="would be lost"):
         small.resize_token_embeddings(TOKENS + 8)
     head, words = small.get_output_embeddings(), small.get_input_embeddings()
-    assert head.structured_weight is words.structured_weight
+    assert head.structured_weight.same_as(words.structured_weight)
     (table,) = (key for key, each in structured(small).items() if each is words.structured_weight)
     plain = gm.densify(small, [table])
     plain.resize_token_embeddings(TOKENS + 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class GMWeight(GMLayer):
         self_view = View(layout, tuple(shape), groups)
         super().__init__(Structure.parse(structure), self_view.matrix_shape, bias=False, device=device, dtype=dtype)
         self.view = self_view
+        self._twin_of: tuple[GMWeight, ...] = ()  # in a tuple, so that it is no child
         self.zero_row: Tensor | None
         self.register_buffer("zero_row", None if zero_row is None else torch.tensor(zero_row, device=device))
 
@@ -55,7 +57,34 @@ class GMWeight(GMLayer):
 
     def forward(self) -> Tensor:
         """The dense parameter, computed at every call."""
-        return self._dense()
+        return self._dense() if self.original is None else self.original()  # which may keep it
+
+    @property
+    def original(self) -> GMWeight | None:
+        """The one whose twin this is, as long as both have the same stored tensors."""
+        for each in self._twin_of:
+            if torch.compiler.is_compiling() or self.same_as(each):
+                return each
+        return None
+
+    def twin(self) -> GMWeight:
+        """A structured weight with the same stored tensors, for one more module that holds the parameter.
+
+        Were one module the child of two, `torch.func.functional_call` would leave the tensors of its call in it.
+        """
+        made = copy.copy(self)
+        vars(made).update({name: each.copy() for name, each in vars(made).items() if isinstance(each, dict)})
+        made._twin_of = (self,)
+        return made
+
+    def same_as(self, other: GMWeight) -> bool:
+        """Whether both have the same stored tensors."""
+        return self.identity == other.identity
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What tells weights with other stored tensors from this one and its twins."""
+        return tuple(map(id, self._stored()))
 
     def _computed(self) -> Tensor:
         found = self.view.parameter(self._expanded())
