@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from math import gcd, prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import costs
 from .errors import GMError
 from .factored import Window
 from .factors import Metric, Tensors, start_factors, views_of
-from .fitting import OVERHEAD, refine
+from .fitting import OVERHEAD, refine, step_cost
 from .groups import Group, quotients
 from .lowranks import LowRanks, low_ranks
 from .products import why_slow
@@ -30,8 +31,9 @@ ANCHOR = 0.33  # the share at which the grids of a layer are compared
 STEPS = 100  # of the fit of every candidate; three times as many where the weight is small
 SMALL = 1 << 14  # numbers of a weight up to which fits cost next to nothing
 EFFORT = {True: 1e11, False: 2e10}  # multiply-adds for a layer's table, with data and without, that fits may take
-ANCHORS = (0.25, 0.6)  # where they would take more, adapted bases are fitted at these two sizes only
-ANCHOR_EFFORT = {True: 1.5e10, False: 1.5e9}  # multiply-adds of each of the two fits
+ANCHORS = {0.25: 1, 0.48: 2, 0.7: 4}  # where they would take more, adapted bases are fitted at these sizes only,
+ANCHOR_EFFORT = {True: 1.5e10, False: 1.5e9}  # with as many times these multiply-adds, for larger ones take longer,
+ANCHOR_STEPS = 50  # where these are as many steps at least; so few of a huge weight would tell no more than one time
 TINY = 1e-30  # stands for a loss of zero in logarithms
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 
@@ -249,30 +251,40 @@ def _adapted(subject: Subject, *, split: bool, effort: float) -> list[Candidate]
 
 
 def _estimated(subject: Subject, lower: Sequence[Candidate], *, split: bool, effort: float) -> list[Candidate]:
-    """Adapted bases of a large weight: fitted at two sizes; at others as far ahead of low ranks as lies between."""
+    """Adapted bases of a large weight: fitted at few sizes; at others as far ahead of low ranks as lies between."""
     limit, grids = subject.weight.numel(), grids_of(subject.shape)
     if not grids:
         return []
     grid, known, ahead = grids[-1], subject.low_ranks(1, split=split), []
-    for share in ANCHORS:
+    usual = effort * ANCHOR_EFFORT[subject.metric.inputs is not None]
+    for share, longer in ANCHORS.items():
         structure = _sized(subject, share, grid, split=split)
         if structure is None or structure.lowrank > known.largest:
             return []
-        allowed = effort * ANCHOR_EFFORT[subject.metric.inputs is not None]
-        first = known.as_adapted(structure)
-        tensors = refine(subject.weight, structure, first, metric=subject.metric, effort=allowed)
+        step = step_cost(structure, subject.shape, subject.metric)
+        allowed = usual * (longer if longer * usual >= ANCHOR_STEPS * step else 1)
+        tensors = refine(subject.weight, structure, known.as_adapted(structure), metric=subject.metric, effort=allowed)
         stored = structure.parameters(subject.shape)
         reached = max(_loss(subject, structure, tensors), TINY)
         ahead.append((stored / limit, math.log(reached / max(_loss_at(lower, stored), TINY))))
-    (x0, y0), (x1, y1) = ahead
-    slope = (y1 - y0) / max(x1 - x0, 1 / limit)
     found = []
     for rank in _ladder(subject.shape, grid, split=split):
         structure = Structure.factors(rank, grid=grid, split=split)
         stored = structure.parameters(subject.shape)
-        factor = math.exp(min(y0 + slope * (min(max(stored / limit, x0), x1) - x0), 0.0))
+        factor = math.exp(min(_between(ahead, stored / limit), 0.0))
         found.append(subject.candidate(structure, factor * _loss_at(lower, stored)))
     return found
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The value at x on the straight lines through points in order, constant before the first and going on at the end.
+
+    >>> [_between([(0.0, 1.0), (1.0, 2.0), (2.0, 0.0)], x) for x in (-1.0, 0.5, 3.0)]
+    [1.0, 1.5, -2.0]
+    """
+    pairs = list(pairwise(points))
+    (x0, y0), (x1, y1) = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
+    return y0 + (y1 - y0) / max(x1 - x0, TINY) * max(x - x0, 0.0)
 
 
 def _sized(subject: Subject, share: float, grid: tuple[int, int], *, split: bool) -> Structure | None:

@@ -10,8 +10,9 @@ the valleys, and a step costs one product with the weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -207,15 +208,6 @@ class _Problem:
         error = self.error(x)
         return float((error * self.weigh(error)).sum())
 
-    def product_cost(self) -> float:
-        """Multiply-adds of one product with JᵀMJ, about, and OVERHEAD."""
-        numel, structure, metric = self.target.numel(), self.form.structure, self.metric
-        remembered = 4 * MEMORY * structure.parameters(self.form.shape)
-        moments = (0 if metric.inputs is None else metric.inputs.shape[-1]) + (
-            0 if metric.outputs is None else metric.outputs.shape[-1]
-        )
-        return float(numel * (6 * structure.lowrank + moments + 8) + remembered) + OVERHEAD
-
     def refresh_cost(self, *, coarse: bool) -> float:
         """Multiply-adds of a new preconditioner, about: the products and inverses of its blocks."""
         (_, h, i, w), rank, (p, q) = self.form.sizes, self.form.structure.lowrank, self.form.grid
@@ -340,7 +332,7 @@ def refine(
     x = flat.join(start)
     memory, (loss, gradient) = _Memory(len(x), x), flat.slope(x)
     floor = torch.finfo(weight.dtype).eps ** 2 * float((problem.target * problem.weigh(problem.target)).sum())
-    product = problem.product_cost()
+    product = step_cost(structure, problem.form.shape, problem.metric)
     coarse = problem.refresh_cost(coarse=False) > effort / REFRESHES
     left, refreshed, judged = effort / product, problem.refresh_cost(coarse=coarse) / product, math.inf
     for number in range(iterations):
@@ -365,6 +357,13 @@ def refine(
         else:
             break
     return {k: v * size if k in LINEAR else v for k, v in problem.store(flat.apart(x)).items()}
+
+
+def step_cost(structure: Structure, shape: Sequence[int], metric: Metric) -> float:
+    """Multiply-adds of one step of `refine`, about, and OVERHEAD."""
+    remembered = 4 * MEMORY * structure.parameters(shape)
+    moments = sum(each.shape[-1] for each in (metric.inputs, metric.outputs) if each is not None)
+    return float(prod(shape) * (6 * structure.lowrank + moments + 8) + remembered) + OVERHEAD
 
 
 def _size(tensor: Tensor) -> float:

@@ -24,7 +24,8 @@ from .surgery import Inputs, find_weight, read_weight, write_weight
 PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
 FEWEST = 3  # passes in any case
 EFFORT = 3e11  # multiply-adds of the fit of one layer, at most
-TOTAL = 1.5e12  # multiply-adds of the fits of all layers
+TOTAL = 1.5e12  # multiply-adds of the fits of all layers, where none stores more of its weight than
+EASY = 0.35  # of its numbers; with more a fit takes longer, as the square of the share
 BACKWARD_PASSES = 1e12  # multiply-adds spent on the output moments, which need no more examples than that allows
 FEWEST_BACKWARD = 64  # examples in any case
 HELD = 1.5e9  # bytes of moments held at once
@@ -165,11 +166,18 @@ def reconstruct(
             target = weight.double()
             if seen is not None and name == chunk[0]:
                 target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
-            fit = best_fit(weight, target, structures[name], metric, effort=effort)
+            allowed = effort * _slowness(structures[name], weight)
+            fit = best_fit(weight, target, structures[name], metric, effort=allowed)
             bias, mean = _absorbed(name, layer, small, fit, calibration, seen)
             found.take_in(name, small, fit, bias, mean)
             _remember(notes, kind, name, fit, bias, mean)
     return found
+
+
+def _slowness(structure: Structure, weight: Tensor) -> float:
+    """How many times as long as usual a fit takes to arrive: the more it may store, the flatter are its valleys."""
+    share = structure.parameters(weight.shape) / weight.numel()
+    return max(1.0, (share / EASY) ** 2)
 
 
 def plan_digest(structures: Mapping[str, Structure], effort: float) -> str:

@@ -166,6 +166,23 @@ def test_effort_multiplies_what_fits_may_take(limit: float, generator: Generator
     assert taken[1] == pytest.approx([0.1 * each for each in taken[0]])
 
 
+@pytest.mark.parametrize(("steps", "times"), [(0, [1, 2, 4]), (1e12, [1, 1, 1])], ids=["enough", "too few steps"])
+def test_larger_adapted_bases_of_large_weights_are_fitted_longer(
+    steps: float, times: list[int], generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, taken = subject_of((64, 64), 1, generator, data=True), []
+
+    def noted(*given: Any, **limits: Any) -> Any:
+        taken.append(limits["effort"])
+        return refine(*given, **limits | {"iterations": 1})
+
+    monkeypatch.setattr("gmcompress.candidates.EFFORT", {True: 0.0})
+    monkeypatch.setattr("gmcompress.candidates.ANCHOR_STEPS", steps)
+    monkeypatch.setattr("gmcompress.candidates.refine", noted)
+    candidates(subject, None)
+    assert [each / taken[0] for each in taken] == times
+
+
 def slow_undominated(found: list[Candidate]) -> set[tuple[int, int, float]]:
     """Costs and losses than which no other is at most as large in all and smaller in one."""
     rows = {(each.params, each.macs, each.loss) for each in found}

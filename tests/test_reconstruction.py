@@ -15,7 +15,7 @@ from gmcompress.candidates import Subject, plain_svd
 from gmcompress.factors import Metric
 from gmcompress.notes import Notes
 from gmcompress.projection import project
-from gmcompress.reconstruction import Calibration, Reconstruction, best_fit, calibrate, reconstruct
+from gmcompress.reconstruction import EASY, Calibration, Reconstruction, best_fit, calibrate, reconstruct
 from gmcompress.structure import Structure, expand
 from gmcompress.surgery import shell
 
@@ -98,6 +98,25 @@ def test_with_data_the_outputs_are_nearer(build, generator: Generator) -> None:
     must_fail(assert_nearer, plain, small)
     assert all(torch.equal(each, before[key]) for key, each in dense.state_dict().items())
     assert all(each.grad is None for each in dense.parameters())
+
+
+def test_a_fit_that_may_store_more_may_take_longer(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+    dense, small, _, known = subject(perceptron, generator)
+    structures = {
+        "0": Structure.parse("lowrank:2"),
+        "2": Structure.parse("lowrank:2"),
+        "4": Structure.parse("lowrank:6"),
+    }
+    taken: list[float] = []
+
+    def noted(*given: object, effort: float) -> object:
+        taken.append(effort)
+        return best_fit(*given, effort=1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("gmcompress.reconstruction.best_fit", noted)
+    reconstruct(dense, small, structures, known)
+    assert taken[0] == taken[1]  # which store 29 and 25 % of their weights
+    assert taken[2] / taken[0] == pytest.approx((6 * 32 / 256 / EASY) ** 2)
 
 
 @SUBJECTS
