@@ -116,6 +116,37 @@ def test_what_the_dense_layer_says_of_an_input_is_said(given: Tensor) -> None:
         assert torch.equal(layer(given), expected)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stride": 2, "padding": 0},
+        {"stride": [2, 1], "padding": [2, 1], "dilation": [1, 2]},
+        {"stride": (2,), "dilation": (2,)},
+        {"padding": "valid"},
+        {"padding": "same", "dilation": 2, "kernel_size": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["images", "one image"])
+def test_settings_that_were_changed_are_read_as_torch_reads_them(
+    name: str, settings: dict[str, object], fast_calls: list[str]
+) -> None:
+    layer, given = BUILD[name]()
+    twin = layer.dense()
+    for key, value in ({"padding": 1} | settings).items():
+        setattr(layer, key, value)
+        setattr(twin, key, value)
+    expected = twin(given)
+    torch.testing.assert_close(layer(given), expected, rtol=1e-3, atol=1e-4)
+    assert fast_calls == ["fast"]
+    layer.freeze_("structured")
+    torch.testing.assert_close(layer.eval()(given), expected, rtol=1e-3, atol=1e-4)
+    layer.thaw_()
+    layer.padding, layer.stride = "same", (2, 2)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="strided"):
+        layer(given)
+
+
 def test_training_by_either_way_is_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def network() -> nn.Module:
         torch.manual_seed(0)

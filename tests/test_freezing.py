@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, must_fail
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import gmcompress as gm
@@ -95,6 +96,21 @@ def test_changed_weights_are_seen(path):
     with torch.no_grad():
         copied[0].kernel.zero_()
     assert_close(frozen(x), before, slack=10)
+
+
+@pytest.mark.parametrize("path", ["dense", "structured"])
+@pytest.mark.parametrize("text", ["C8", "lowrank:3"])
+def test_parts_that_are_computed_are_read_anew(text, path):
+    """As those are that are pruned or parametrized."""
+    model, x = network(text), torch.randn(3, 8, 4, 4)
+    part = next(iter(model[3].parts()))
+    prune.l1_unstructured(model[3], part, amount=0.5)
+    frozen = gm.freeze(model, path)
+    assert_close(frozen(x), model(x), slack=10)
+    with torch.no_grad():
+        getattr(frozen[3], f"{part}_orig").mul_(2)
+    assert_close(frozen(x), gm.densify(frozen)(x), slack=10)
+    must_fail(assert_close, frozen(x), model(x))
 
 
 @pytest.mark.parametrize("path", ["dense", "structured"])

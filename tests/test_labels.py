@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate import init_empty_weights
+from accelerate import cpu_offload, init_empty_weights
 from conftest import COPIES, assert_close, assert_own_weights
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -96,6 +96,15 @@ def test_weights_assigned_to_a_model_on_meta() -> None:
 def _empty() -> nn.Module:
     with init_empty_weights():
         return network()
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_weights_that_come_for_one_call(buffers: bool) -> None:
+    model, x = network(), torch.randn(2, 8)
+    expected = model(x)
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=buffers)
+    assert all(each.is_meta for each in model.parameters())
+    assert_close(model(x), expected)
 
 
 def test_tensors_that_are_not_torchs_own_are_not_shared() -> None:

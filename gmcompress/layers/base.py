@@ -81,7 +81,7 @@ class GMLayer(SharingModule):
         )
         self.labels: Tensor | None  # follows from the structure, so not part of what is saved
         labels = None if structure.group is None else label_table(structure, device)
-        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("labels", labels, persistent=labels is None)  # some move what is not persistent unasked
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -222,6 +222,8 @@ class GMLayer(SharingModule):
         """The kept buffers by name, made anew where the weight changed; None where they cannot be used."""
         if self._stamp is None or self.training:
             return None
+        if not self._parameters.keys() >= set(self.PARTS):
+            return None  # a part is computed of others, as pruning and parametrizations do
         if not torch.compiler.is_compiling():
             if any(type(each) is not nn.Parameter for each in self._stored()):
                 return None  # other tensors for the time of one call, as torch.func.functional_call puts in

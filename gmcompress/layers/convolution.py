@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -102,27 +103,41 @@ class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc]
         if ready is None:
             return F.conv2d(input, self._dense(), self.bias, self.stride, padding, self.dilation, self.groups)
         if isinstance(padding, str):
-            input = F.pad(input, self._reversed_padding_repeated_twice)
+            input = F.pad(input, self._beforehand)
         found = conv2d(input, ready, self.structure, self.bias, window=self.window, layout=self.layout)
         last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
         return found.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)  # as torch does
 
     @property
+    def _beforehand(self) -> Sequence[int]:
+        """What this layer pads itself: left, right, top, bottom."""
+        if self.padding_mode != "zeros":
+            return self._reversed_padding_repeated_twice
+        if self.padding != "same":
+            return (0, 0, 0, 0)
+        wide, high = (
+            apart * (taps - 1) for apart, taps in zip(self.window.dilation[::-1], self.weight_shape[:1:-1], strict=True)
+        )
+        return (wide // 2, wide - wide // 2, high // 2, high - high // 2)
+
+    @property
     def window(self) -> Window:
         """How the convolution moves over an input that is padded already where this layer pads it beforehand."""
         beforehand = self.padding_mode != "zeros" or isinstance(self.padding, str)
-        padding: Any = (0, 0) if beforehand else self.padding
-        return Window(self.stride, padding, self.dilation)  # type: ignore[arg-type]
+        return Window(*map(_pair, (self.stride, (0, 0) if beforehand else self.padding, self.dilation)))
 
     def _moves(self, given: Tensor) -> tuple[tuple[int, ...], Window, int] | None:
         if given.dim() not in (3, 4) or not given.numel() or given.shape[-3] != self.in_channels:
             return None
-        window, (height, width) = self.window, given.shape[-2:]
-        if window.padding != self.padding:  # this layer pads it
-            left, right, top, bottom = self._reversed_padding_repeated_twice
-            height, width = height + top + bottom, width + left + right
-        taps = self.kernel_size
+        try:
+            window, (left, right, top, bottom) = self.window, self._beforehand
+        except (TypeError, ValueError):  # settings that torch may refuse, and says why
+            return None
+        height, width = given.shape[-2] + top + bottom, given.shape[-1] + left + right
+        taps = self.weight_shape[2:]
         if min(window.size(0, height, taps[0]), window.size(1, width, taps[1])) < 1:
+            return None
+        if self.padding == "same" and max(window.stride) > 1:
             return None
         return (given.numel() // prod(given.shape[-3:]), height, width), window, self.groups
 
@@ -135,3 +150,9 @@ class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc]
         widths: tuple[Any, ...] = (self.in_channels, self.out_channels, self.kernel_size)
         empty = nn.Conv2d(*widths, **(self._options() | {"device": "meta"}))
         return filled(empty, self)  # type: ignore[return-value]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """What is set for both axes, or for each, as torch reads what was set on a layer after it was made."""
+    vertical, horizontal = 2 * [value] if isinstance(value, int) else 2 * [*value] if len(value) == 1 else value
+    return int(vertical), int(horizontal)
