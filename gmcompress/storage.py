@@ -306,6 +306,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
         if found.shape != target.shape and not unfilled:
             shapes = f"{tuple(found.shape)} there, {tuple(target.shape)} in the model"
             raise GMError(f"{place / WEIGHTS} was saved from another model: {name!r} has shape {shapes}")
+    _check_ties(own, {name: aliases.get(name, name) for name in own}, tensors, place)
     with torch.no_grad():
         for name, target in own.items():
             found, (path, _, key) = tensors[aliases.get(name, name)], name.rpartition(".")
@@ -314,6 +315,19 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
             # a fresh copy is aligned in memory, without which some CPU kernels round in another order
             like = target if found.shape == target.shape else found  # strides stay, as those of channels_last
             target.data = torch.empty_like(like, dtype=found.dtype, device=target.device).copy_(found)
+
+
+def _check_ties(own: Mapping[str, Any], sources: Mapping[str, str], tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Refuse two stored tensors for what is one in the model, of which only the last would be left."""
+    first: dict[int, str] = {}
+    for name, target in own.items():
+        other = first.setdefault(id(target), name)
+        one, two = (tensors[sources[each]] for each in (other, name))
+        if one is not two and not torch.equal(one, two):
+            raise GMError(
+                f"{place / WEIGHTS} was saved from another model: {other!r} and {name!r} differ there, but are tied in "
+                "the model; pass one in which they are not"
+            )
 
 
 def _make_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

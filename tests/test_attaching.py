@@ -10,6 +10,7 @@ import torch
 import zoo
 from conftest import assert_close, must_fail
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._pytree import tree_leaves
 
 import gmcompress as gm
@@ -200,6 +201,33 @@ def test_tied_weights_under_functional_call(frozen):
     assert list(structured(model)) == list(structured(twin)) == ["embedding", "body"]
     model.float()
     assert model.head.structured_weight.same_as(model.embedding.structured_weight)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_are_no_longer_tied_are_their_own(compiled):
+    model, inputs = small("tied", include="*")
+    model.load_state_dict({name: each.clone() for name, each in model.state_dict().items()}, assign=True)
+    before = run(model, inputs)
+    with torch.no_grad():
+        for each in model.head.parameters():
+            each.mul_(2)
+    expected = run(gm.densify(model), inputs)
+    must_fail(assert_same, before, expected)
+    torch.compiler.reset()
+    assert_same(run(model, inputs), expected)
+    if compiled:
+        assert_same(torch.compile(model, backend="eager", fullgraph=True)(inputs), expected)
+        assert_same(torch.export.export(model, (inputs,)).module()(inputs), expected)
+
+
+def test_pruned_weights_are_told_apart():
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(nn.Conv1d(8, 8, 3, padding=1) for _ in range(2)))
+    model, inputs = gm.compress(dense, "C4", rank=0, include="*").model.eval(), torch.randn(2, 8, 5)
+    for each in model:
+        prune.l1_unstructured(each.structured_weight, "kernel", amount=0.5)
+    assert list(structured(model)) == ["0", "1"]
+    assert_same(gm.densify(model)(inputs), model(inputs))
 
 
 def test_hooks_and_attributes_are_kept():

@@ -63,6 +63,20 @@ def test_ties_and_dtypes_are_kept(tmp_path):
     assert [name in stored for name in tied] == [False, True]
 
 
+@pytest.mark.parametrize("include", ["body", "*"])
+@pytest.mark.filterwarnings("ignore:.*saved without")
+def test_weights_that_are_no_longer_tied_are_not_loaded_into_tied_ones(include, tmp_path):
+    small = gm.compress(zoo.Tied(), "C4", rank=0, include=include).model
+    small.load_state_dict({name: each.clone() for name, each in small.state_dict().items()}, assign=True)
+    gm.save(small, tmp_path / "alike")
+    gm.load(tmp_path / "alike", zoo.Tied())
+    with torch.no_grad():
+        next(small.head.parameters()).mul_(2)
+    gm.save(small, tmp_path / "other")
+    with pytest.raises(gm.GMError, match=r"'embedding.* and 'head.* differ there, but are tied"):
+        gm.load(tmp_path / "other", zoo.Tied())
+
+
 @pytest.mark.parametrize("text", ["lowrank:2", "adapted:2:4x2", "C4+adapted:1:4x2"])
 def test_factor_parts_survive_the_disk(text, tmp_path):
     model, inputs = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)).eval(), torch.randn(2, 8)

@@ -63,7 +63,7 @@ class GMWeight(GMLayer):
     def original(self) -> GMWeight | None:
         """The one whose twin this is, as long as both have the same stored tensors."""
         for each in self._twin_of:
-            if torch.compiler.is_compiling() or self.same_as(each):
+            if self.same_as(each):
                 return each
         return None
 
@@ -79,12 +79,16 @@ class GMWeight(GMLayer):
 
     def same_as(self, other: GMWeight) -> bool:
         """Whether both have the same stored tensors."""
-        return self.identity == other.identity
+        for name in self.PARTS:  # in words that a compiler follows
+            if name not in self._parameters or self._parameters[name] is not other._parameters.get(name):
+                return False
+        return True
 
     @property
     def identity(self) -> tuple[int, ...]:
         """What tells weights with other stored tensors from this one and its twins."""
-        return tuple(map(id, self._stored()))
+        computed = not self._parameters.keys() >= set(self.PARTS)  # a part, as of pruning and parametrizations
+        return (id(self),) if computed else tuple(map(id, self._stored()))
 
     def _computed(self) -> Tensor:
         found = self.view.parameter(self._expanded())
