@@ -72,3 +72,28 @@ def test_compress_with_data(read: Callable[[Tensor], Tensor]) -> None:
     assert last(model) == [False] * 2
     assert all(each.is_contiguous() for each in result.model.state_dict().values())
     assert torch.isfinite(result.model(images)).all()
+
+
+class Remembers(Strided):
+    """Keeps what it computed of the first images that it saw; the weight of one convolution is made by another."""
+
+    def __init__(self) -> None:
+        super().__init__(reshaped)
+        self.seen: Tensor | None = None
+        del self.second.weight
+        self.made = nn.Linear(16, 16 * 9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.second.weight = self.made.weight.mT.reshape(16, 16, 3, 3)
+        self.seen = images.mean() if self.seen is None else self.seen
+        return super().forward(images - self.seen)
+
+
+def test_a_trial_leaves_nothing_behind_and_weights_that_a_model_makes_are_left_to_it() -> None:
+    torch.manual_seed(0)
+    model, images = Remembers(), torch.randn(32, 3, 8, 8)
+    found = laid_out(model, images)
+    assert found.seen is None
+    assert found.first.weight.is_contiguous(memory_format=CHANNELS_LAST)
+    result = gm.compress(model, budget="60%", data=[images], effort=0.05)
+    torch.testing.assert_close(gm.densify(result.model)(images), result.model(images))
