@@ -217,6 +217,7 @@ class _Sums:
         self.size = module.get_parameter("weight")[0].numel()
         self.counts = [0, 0] if crossed else [0]
         self.sums: list[list[Tensor]] = [[] for _ in self.counts]
+        self.origin: Tensor | None = None  # near the mean, from which vectors are summed: nothing that varies is lost
 
     def add(self, dense: Tensor, small: Tensor, *, number: int, seed: int) -> None:
         """Take one call's inputs in, of a batch of this number."""
@@ -228,7 +229,10 @@ class _Sums:
             pairs = [self._drawn(x if dense is small else dense.reshape(-1, 1, self.size), x, seed)]
         for t, x in pairs:  # each (vectors, groups, size)
             own = x.transpose(0, 1).float()
-            other = own if t is x else t.transpose(0, 1).float()
+            if self.origin is None:
+                self.origin = own.mean(1, keepdim=True)
+            own = own - self.origin
+            other = own if t is x else t.transpose(0, 1).float() - self.origin
             found = [gram_matrix(own), own.sum(1), other.sum(1)]
             if self.crossed:
                 found.append(found[0] if t is x else other.mT @ own)
@@ -271,10 +275,12 @@ class _Sums:
 
     def moments(self) -> Moments:
         apart = [(count, sums) for count, sums in zip(self.counts, self.sums, strict=True) if count]
-        halves = [_mean_of(count, sums) for count, sums in apart]
+        assert self.origin is not None, "vectors were seen"
+        origin = self.origin[:, 0].double()
+        halves = [_mean_of(count, sums, origin) for count, sums in apart]
         if len(halves) < 2:
             return halves[0]
-        whole = _mean_of(sum(self.counts), [a + b for a, b in zip(*self.sums, strict=True)])
+        whole = _mean_of(sum(self.counts), [a + b for a, b in zip(*self.sums, strict=True)], origin)
         return replace(whole, halves=tuple(halves))
 
 
@@ -299,9 +305,14 @@ def _windows(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, Tensor]:  
     return corners.flatten(), (down[:, None] * sides[1] + right).flatten()
 
 
-def _mean_of(count: int, sums: Sequence[Tensor]) -> Moments:
+def _mean_of(count: int, sums: Sequence[Tensor], origin: Tensor) -> Moments:
+    """The moments of vectors of which the sums are those of what they are from the origin, (conv_groups, m)."""
     inputs, mean, dense_mean, *cross = (each / count for each in sums)
-    return Moments(count, inputs, cross[0] if cross else inputs, mean, dense_mean)
+    added, dense_added = (each[:, :, None] * origin[:, None] for each in (mean, dense_mean))
+    square = origin[:, :, None] * origin[:, None]
+    whole = inputs + added + added.mT + square
+    crossed = cross[0] + dense_added + added.mT + square if cross else whole
+    return Moments(count, whole, crossed, mean + origin, dense_mean + origin)
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:

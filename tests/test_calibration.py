@@ -105,6 +105,19 @@ def test_moments_of_tokens_and_of_a_module_called_twice(generator: Generator) ->
     assert not dense.body._forward_pre_hooks, "no hook is left behind"
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 1, groups=2)])
+def test_inputs_that_hardly_vary(layer: nn.Module, generator: Generator) -> None:
+    shape = (40, 4) if isinstance(layer, nn.Linear) else (40, 4, 1, 1)
+    x = 10 * torch.rand(shape[1:], generator=generator) + 0.01 * torch.randn(shape, generator=generator)
+    model = nn.Sequential(layer)
+    found = collect(model, model, ["0"], x.split(10))["0"]
+    vectors = x.double().reshape(40, found.inputs.shape[0], -1).transpose(0, 1)
+    apart = vectors - vectors.mean(1, keepdim=True)
+    torch.testing.assert_close(found.centred().inputs, apart.mT @ apart / 40, rtol=1e-4, atol=1e-9)
+    assert torch.linalg.eigvalsh(found.centred().inputs).min() > 0
+    assert_close(found.inputs, vectors.mT @ vectors / 40, slack=1e4)
+
+
 def test_only_crossed_layers_are_summed_with_the_dense_model(generator: Generator) -> None:
     dense, small = two(nn.Conv2d, 4, 4, kernel_size=3)
     batches = [torch.randn(3, 3, 6, 6, generator=generator) for _ in range(2)]
