@@ -56,7 +56,7 @@ def _subclass(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> 
 
     def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
         if name in attached:
-            check_assigned(param, self._modules[CHILD + name])
+            check_assigned(param, _maker(self._modules[CHILD + name]))
         dense.register_parameter(self, name, param)
 
     members: dict[str, Any] = {key: _computed(CHILD + key) for key in attached}
@@ -72,9 +72,14 @@ def _computed(child: str) -> property:
 
     def get(module: nn.Module) -> Tensor:
         weight = getattr(module, child)
-        return read_only(weight(), weight)
+        return read_only(weight(), _maker(weight))
 
-    return property(get, lambda module, value: check_assigned(value, module._modules[child]))
+    return property(get, lambda module, value: check_assigned(value, _maker(module._modules[child])))
+
+
+def _maker(weight: nn.Module | None) -> object:
+    """What computes the parameters of all the modules that hold a weight or a twin of it."""
+    return weight.original or weight if isinstance(weight, GMWeight) else weight
 
 
 def _empty_instance(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> nn.Module:

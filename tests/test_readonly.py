@@ -86,7 +86,7 @@ def test_tying_again_is_harmless_and_another_value_refused():
     before = {name: id(each) for name, each in small.named_parameters(remove_duplicate=False)}
     small.head.weight = small.embedding.weight
     assert {name: id(each) for name, each in small.named_parameters(remove_duplicate=False)} == before
-    assert small.head.structured_weight is small.embedding.structured_weight
+    assert small.head.structured_weight.same_as(small.embedding.structured_weight)
     other = nn.Linear(8, 16)
     for layer in (small.head, small.body):
         for value in (other.weight, other.weight.data, None, small.head.weight.clone()):

@@ -167,8 +167,9 @@ def _check_real(small: nn.Module) -> None:
     Raises:
         GMError: naming a tensor that is.
     """
-    for layer in structured(small).values():
-        layer.share_()
+    for layer in small.modules():
+        if isinstance(layer, GMLayer):
+            layer.share_()
     for name, each in [*small.named_parameters(), *small.named_buffers()]:
         if each.is_meta:
             raise GMError(
