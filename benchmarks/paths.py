@@ -21,8 +21,8 @@ from rich.console import Console
 from rows import append_row, machine, prepare_device, shown_command
 from torch import Tensor
 
+from gmcompress.costs import kind_of_cost
 from gmcompress.layers import GMConv2d, GMLinear
-from gmcompress.structure import Structure
 from gmcompress.tables import make_table
 
 KINDS = ("linear", "convolution")
@@ -91,11 +91,6 @@ def measured(layer: GMLinear | GMConv2d, given: Tensor, *, backward: bool) -> di
     return {path: statistics.median(seconds[1:]) for path, seconds in found.items()}
 
 
-def part(structure: Structure) -> str:
-    """What the cost of a structure depends on first."""
-    return "group" if structure.group is not None else "adapted" if structure.grid is not None else "low rank"
-
-
 def mean_ratio(rows: Sequence[dict[str, Any]], over: Callable[[dict[str, Any]], float]) -> float:
     """The geometric mean of the chosen way's time over another."""
     return exp(statistics.fmean(log(row["chosen_ms"] / over(row)) for row in rows))
@@ -103,13 +98,15 @@ def mean_ratio(rows: Sequence[dict[str, Any]], over: Callable[[dict[str, Any]], 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Means over the layers of one kind."""
-    table = make_table("Unfrozen layers", ["layers", "pass", "chosen / faster", "chosen / dense", "fast product#"], [])
+    lines = []
     for kind in sorted({(row["kind"], row["part"], row["pass"]) for row in rows}):
         own = [row for row in rows if (row["kind"], row["part"], row["pass"]) == kind]
         faster = mean_ratio(own, lambda row: min(row["dense_ms"], row["structured_ms"]))
         dense = mean_ratio(own, lambda row: row["dense_ms"])
         share = f"{sum(row['chosen'] == 'structured' for row in own)} of {len(own)}"
-        table.add_row(f"{kind[0]}, {kind[1]}", kind[2], f"{faster:.2f}", f"{dense:.2f}", share)
+        lines.append((f"{kind[0]}, {kind[1]}", kind[2], f"{faster:.2f}", f"{dense:.2f}", share))
+    columns = ["layers", "pass", "chosen / faster", "chosen / dense", "fast product#"]
+    table = make_table("Unfrozen layers", columns, lines)
     Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(table)
 
 
@@ -133,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
             chosen = "structured" if layer.takes_fast_product(given) else "dense"
             for way, backward in (("forward", False), ("forward and backward", True)):
                 seconds = measured(layer, given, backward=backward)
-                row = {"kind": kind, "structure": str(layer.structure), "part": part(layer.structure)}
+                row = {"kind": kind, "structure": str(layer.structure), "part": kind_of_cost(layer.structure)}
                 row |= {"shape": list(layer.weight_shape), "input": list(given.shape), "pass": way, "chosen": chosen}
                 row |= {f"{path}_ms": round(1e3 * each, 4) for path, each in seconds.items()}
                 row["chosen_ms"] = row[f"{chosen}_ms"]

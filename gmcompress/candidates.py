@@ -31,9 +31,9 @@ ANCHOR = 0.33  # the share at which the grids of a layer are compared
 STEPS = 100  # of the fit of every candidate; three times as many where the weight is small
 SMALL = 1 << 14  # numbers of a weight up to which fits cost next to nothing
 EFFORT = {True: 1e11, False: 2e10}  # multiply-adds for a layer's table, with data and without, that fits may take
-ANCHORS = {0.25: 1, 0.48: 2, 0.7: 4}  # where they would take more, adapted bases are fitted at these sizes only,
-ANCHOR_EFFORT = {True: 1.5e10, False: 1.5e9}  # with as many times these multiply-adds, for larger ones take longer,
-ANCHOR_STEPS = 50  # where these are as many steps at least; so few of a huge weight would tell no more than one time
+ANCHORS = {0.25: 1, 0.48: 2, 0.7: 4}  # where they would take more, adapted bases are fitted at these shares only, each
+ANCHOR_EFFORT = {True: 1.5e10, False: 1.5e9}  # with so many times these multiply-adds: larger ones arrive later
+ANCHOR_STEPS = 50  # that this must allow, else each gets it once: fewer would tell little more of a huge weight
 TINY = 1e-30  # stands for a loss of zero in logarithms
 LARGEST_QUOTIENT = 64  # order; larger ones keep less than 2 % of an unstructured weight
 

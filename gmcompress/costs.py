@@ -30,10 +30,9 @@ def multiply_adds(
     630
     """
     samples, rows, columns = size[0], shape[0], shape[1]
-    window = window or Window()
     height, width = tuple(size[1:]) or (1, 1)
     ky, kx = tuple(shape[2:]) or (1, 1)
-    high, wide = window.size(0, height, ky), window.size(1, width, kx)
+    high, wide = _sides(shape, size, window or Window())
     outputs = samples * high * wide
     total = 0
     if structure.group is not None:
@@ -76,23 +75,26 @@ def is_fast(
     """
     if why_slow(structure, conv_groups) is not None:
         return False
-    outputs = applied(shape, size, window) // prod(shape)
-    stored, points = structure.shapes(shape), prod(size)
-    dense = applied(shape, size, window) + expansion_macs(structure, shape)
+    outputs = size[0] * prod(_sides(shape, size, window or Window()))
+    stored, points, kind = structure.shapes(shape), prod(size), kind_of_cost(structure)
+    dense = outputs * prod(shape) + expansion_macs(structure, shape)
     fast = SMALL * multiply_adds(structure, shape, size, window)
     if structure.group is not None:
         spectra = sum(prod(stored[part]) for part in ("kernel", "filters") if part in stored)
         fast += MOVED * (2 * spectra + points * shape[1] + outputs * shape[0] * (1 + structure.displacement))
     fast += MOVED * 2 * outputs * structure.lowrank * (1 if structure.grid is None else sum(structure.grid))
-    if structure.group is not None or structure.grid is not None or structure.split:
+    if kind != "low rank" or structure.split:
         dense += MOVED * prod(shape)  # whose numbers are not made where they belong
-    kind = "group" if structure.group is not None else "low rank" if structure.grid is None else "adapted"
     return dense > MARGIN * (fast + CALLED[kind])
 
 
-def applied(shape: Sequence[int], size: Sequence[int], window: Window | None = None) -> int:
-    """Multiply-adds of the dense product."""
-    window = window or Window()
+def kind_of_cost(structure: Structure) -> str:
+    """The part of a structure by which it is counted among those of CALLED: the group's, before that of factors."""
+    return "group" if structure.group is not None else "low rank" if structure.grid is None else "adapted"
+
+
+def _sides(shape: Sequence[int], size: Sequence[int], window: Window) -> tuple[int, int]:
+    """Height and width of the outputs, 1 and 1 of a linear layer."""
     height, width = tuple(size[1:]) or (1, 1)
     ky, kx = tuple(shape[2:]) or (1, 1)
-    return size[0] * window.size(0, height, ky) * window.size(1, width, kx) * prod(shape)
+    return window.size(0, height, ky), window.size(1, width, kx)

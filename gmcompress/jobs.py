@@ -121,7 +121,7 @@ class Job:
             GMError: rules, weights or inputs that cannot be used; or, before anything is fitted, budgets that the
                 shapes show to be out of reach.
         """
-        dense, sites = shell(self.model), rehearsed_sites(self.model, self.inputs)
+        dense, sites = self.watched(), rehearsed_sites(self.model, self.inputs)
         bound = parse_group(self.group) if isinstance(self.group, str) else self.group
         chosen = eligible(sites, **rules)
         names = [site.name for site in chosen.free]
@@ -139,7 +139,6 @@ class Job:
             check_budgets(table, dense, bound, each)
         options: dict[str, Any] = {"positions": positions, "notes": notes, "progress": self.progress}
         options["effort"] = self.effort
-        dense = self.watched()
         options["calibration"] = self.calibration(dense, [*names, *chosen.prescribed])
         return replace(table, candidates=tabulate(private(dense), chosen.free, bound, **options))
 

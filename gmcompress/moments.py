@@ -308,11 +308,15 @@ def _windows(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, Tensor]:  
 def _mean_of(count: int, sums: Sequence[Tensor], origin: Tensor) -> Moments:
     """The moments of vectors of which the sums are those of what they are from the origin, (conv_groups, m)."""
     inputs, mean, dense_mean, *cross = (each / count for each in sums)
-    added, dense_added = (each[:, :, None] * origin[:, None] for each in (mean, dense_mean))
-    square = origin[:, :, None] * origin[:, None]
-    whole = inputs + added + added.mT + square
-    crossed = cross[0] + dense_added + added.mT + square if cross else whole
+    whole = _from_origin(inputs, mean, mean, origin)
+    crossed = _from_origin(cross[0], dense_mean, mean, origin) if cross else whole
     return Moments(count, whole, crossed, mean + origin, dense_mean + origin)
+
+
+def _from_origin(product: Tensor, one: Tensor, other: Tensor, origin: Tensor) -> Tensor:
+    """The mean of (a + origin)(b + origin)ᵀ from that of a bᵀ and the means of a and b."""
+    moved = (one + origin)[:, :, None] * (other + origin)[:, None]
+    return product + moved - one[:, :, None] * other[:, None]
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:

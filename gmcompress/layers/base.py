@@ -212,6 +212,11 @@ class GMLayer(SharingModule):
         """What the dense path needs: the weight."""
         return self._expanded()
 
+    @property
+    def computes_a_part(self) -> bool:
+        """Whether a part is no parameter any more but made of others, as pruning and parametrizations do."""
+        return not self._parameters.keys() >= set(self.PARTS)
+
     def _stored(self) -> list[nn.Parameter]:
         return [each for name in self.PARTS if (each := self._parameters.get(name)) is not None]
 
@@ -222,8 +227,8 @@ class GMLayer(SharingModule):
         """The kept buffers by name, made anew where the weight changed; None where they cannot be used."""
         if self._stamp is None or self.training:
             return None
-        if not self._parameters.keys() >= set(self.PARTS):
-            return None  # a part is computed of others, as pruning and parametrizations do
+        if self.computes_a_part:
+            return None
         if not torch.compiler.is_compiling():
             if any(type(each) is not nn.Parameter for each in self._stored()):
                 return None  # other tensors for the time of one call, as torch.func.functional_call puts in
@@ -233,7 +238,7 @@ class GMLayer(SharingModule):
 
     def takes_fast_product(self, given: Tensor) -> bool:
         """Whether a call with this input takes the fast product: as frozen, or as is faster for its shape."""
-        if self.is_frozen or self.path == "structured":
+        if self.is_frozen:
             return self.path == "structured"
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._is_usual(given):
             return False

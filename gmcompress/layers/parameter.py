@@ -57,7 +57,8 @@ class GMWeight(GMLayer):
 
     def forward(self) -> Tensor:
         """The dense parameter, computed at every call."""
-        return self._dense() if self.original is None else self.original()  # which may keep it
+        original = self.original
+        return self._dense() if original is None else original()  # which may keep it
 
     @property
     def original(self) -> GMWeight | None:
@@ -87,8 +88,7 @@ class GMWeight(GMLayer):
     @property
     def identity(self) -> tuple[int, ...]:
         """What tells weights with other stored tensors from this one and its twins."""
-        computed = not self._parameters.keys() >= set(self.PARTS)  # a part, as of pruning and parametrizations
-        return (id(self),) if computed else tuple(map(id, self._stored()))
+        return (id(self),) if self.computes_a_part else tuple(map(id, self._stored()))
 
     def _computed(self) -> Tensor:
         found = self.view.parameter(self._expanded())
