@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,18 +90,30 @@ def _classes_last(values: Tensor) -> Tensor:  # (batch, classes), (batch, tokens
     return values.flatten(0, -2) if values.dim() > 1 else values.reshape(1, -1)
 
 
-def output_moments(
-    model: nn.Module, batches: Iterable[Inputs], names: Sequence[str], *, logits: bool, seed: int = 0
-) -> dict[str, Tensor]:
-    """For each layer the second moment of the gradients at its outputs, (rows, rows), with mean diagonal 1.
+@dataclass(frozen=True)
+class Gradients:
+    """What the gradients at the outputs of a layer tell of errors there.
 
-    The gradients are those of the log-likelihood of a label drawn from the model's own prediction (for outputs that are
-    no logits, of a random projection), so that the moment is the layer's factor of the Fisher information. Layers that
-    no gradient reaches are left out.
+    `moment` is their second moment over rows, (rows, rows), with mean diagonal 1. `places` is their mean square at each
+    place of an example's output, row after row and of mean 1; None where there is one place, or examples differ in
+    what they have.
+    """
+
+    moment: Tensor
+    places: Tensor | None
+
+
+def output_gradients(
+    model: nn.Module, batches: Iterable[Inputs], names: Sequence[str], *, logits: bool, seed: int = 0
+) -> dict[str, Gradients]:
+    """What each layer's gradients tell, those of the log-likelihood of a label drawn from the model's own prediction.
+
+    For outputs that are no logits they are those of a random projection. So the moments are the layers' factors of the
+    Fisher information. Layers that no gradient reaches are left out.
 
     Source: Martens and Grosse 2015, K-FAC; Grosse and Martens 2016 for convolutions.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, _GradientSums] = {}
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack, torch.enable_grad():
         for name in names:
@@ -108,24 +121,44 @@ def output_moments(
         for whole in batches:
             for inputs in split_batch(whole, BACKWARD):
                 backpropagate(model, inputs, generator, logits=logits)
-    found = {}
-    for name, total in sums.items():
-        size = float(total.diagonal().mean())
-        if size > 0 and torch.isfinite(total).all():
-            found[name] = total / size
-    return found
+    found = {name: each.gradients() for name, each in sums.items()}
+    return {name: each for name, each in found.items() if each is not None}
 
 
-def _gradient_hook(name: str, sums: dict[str, Tensor]) -> Callable[..., Tensor]:
+class _GradientSums:
+    """The running sums of one layer."""
+
+    def __init__(self) -> None:
+        self.moment: Tensor | None = None
+        self.places: Tensor | None = None
+        self.uneven = False
+
+    def add(self, gradient: Tensor) -> None:  # (batch, *places, rows)
+        rows = gradient.flatten(0, -2).float()
+        moment = gram_matrix(rows).double()
+        self.moment = moment if self.moment is None else self.moment + moment
+        squares = gradient.float().square().sum((0, -1)) if gradient.dim() > 2 else torch.zeros(())
+        self.uneven |= self.places is not None and self.places.shape != squares.shape
+        self.places = squares if self.places is None or self.uneven else self.places + squares
+
+    def gradients(self) -> Gradients | None:
+        assert self.moment is not None, "a gradient was seen"
+        size = float(self.moment.diagonal().mean())
+        if not size > 0 or not torch.isfinite(self.moment).all():
+            return None
+        places = None if self.uneven or self.places is None or self.places.numel() < 2 else self.places.flatten()
+        return Gradients(self.moment / size, None if places is None else places / places.mean())
+
+
+def _gradient_hook(name: str, sums: dict[str, _GradientSums]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         if is_functorch_wrapped_tensor(output) or output.is_nested:
             return output
-        axis = -3 if isinstance(module, nn.Conv2d) else -1
 
         def take_in(gradient: Tensor) -> None:
-            rows = gradient.movedim(axis, -1).flatten(0, -2).float()
-            moment = gram_matrix(rows).double()
-            sums[name] = sums[name] + moment if name in sums else moment
+            if isinstance(module, nn.Conv2d):  # to which an image may come without a batch
+                gradient = (gradient if gradient.dim() == 4 else gradient[None]).movedim(1, -1)
+            sums.setdefault(name, _GradientSums()).add(gradient)
 
         if not output.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)

@@ -33,9 +33,10 @@ class Moments:
     """Sums over a layer's input vectors x (of the compressed model) and t (of the dense one), each of `size` numbers.
 
     For a convolution a vector is one patch, in the order of the weight; a grouped convolution has one sum per group.
-    `inputs` is Σ x xᵀ and `cross` Σ t xᵀ, both (conv_groups, m, m) and divided by `count`; the means are (conv_groups,
-    m). `halves` are the moments of every other batch, where there are two or more. Where `collect` was told not to
-    cross a layer, `cross` is `inputs`, `dense_mean` is `mean`, and there are no halves.
+    `inputs` is Σ x xᵀ and `cross` Σ t xᵀ, both (conv_groups, m, m) and divided by the number of vectors; the means are
+    (conv_groups, m). `count` is that number too, or how many equally weighted vectors tell as much. `halves` are the
+    moments of every other batch, where there are two or more. Where `collect` was told not to cross a layer, `cross` is
+    `inputs`, `dense_mean` is `mean`, and there are no halves.
     """
 
     count: int
@@ -127,15 +128,17 @@ def collect(
     batches: Iterable[Inputs],
     *,
     crossed: Iterable[str] | None = None,
+    places: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Moments]:
     """The moments of the named layers, the dense and the compressed model run side by side on the same batches.
 
     `small` may be the dense model itself. Both must be in evaluation mode. Of a layer's input vectors at most POSITIONS
     per dimension are taken, fewer where the sums would cost too much, the same positions of both models. By default
     all layers are `crossed`; what is not is seen in the compressed model alone, at half of the work and a sixth of the
-    memory.
+    memory. `places` weighs the vectors of a layer by the place of its output that they are for: one number for each
+    place of an example, row after row, of mean 1.
     """
-    batches = list(batches)
+    batches, places = list(batches), places or {}
     sums: dict[str, _Sums] = {}
     both = set(names if crossed is None else crossed)
     old, new = (model.get_submodule for model in (dense, small))
@@ -146,10 +149,10 @@ def collect(
         for name in names:
             for index, (t, x) in enumerate(_paired(kept[name], other[name])):
                 if name not in sums:
-                    sums[name] = _Sums(old(name), len(batches), crossed=name in both)
+                    sums[name] = _Sums(old(name), len(batches), places.get(name), crossed=name in both)
                 sums[name].add(t, x, number=number, seed=number * 1000 + index)
             kept[name], other[name] = [], []
-    return {name: each.moments() for name, each in sums.items() if any(each.counts)}
+    return {name: each.moments() for name, each in sums.items() if any(each.weights)}
 
 
 def _paired(dense: Sequence[Tensor], small: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -211,77 +214,92 @@ def _in_rows(given: Tensor) -> Tensor:
 class _Sums:
     """The running sums of one layer."""
 
-    def __init__(self, module: nn.Module, batches: int, *, crossed: bool) -> None:
+    def __init__(self, module: nn.Module, batches: int, places: Tensor | None, *, crossed: bool) -> None:
         self.module, self.batches, self.crossed = module, batches, crossed
+        self.places = None if places is None else places.flatten().float().cpu()
         self.groups = getattr(module, "groups", 1)
         self.size = module.get_parameter("weight")[0].numel()
-        self.counts = [0, 0] if crossed else [0]
-        self.sums: list[list[Tensor]] = [[] for _ in self.counts]
+        self.weights = [0.0, 0.0] if crossed else [0.0]  # of the vectors, summed, and their squares
+        self.squares = [0.0 for _ in self.weights]
+        self.sums: list[list[Tensor]] = [[] for _ in self.weights]
         self.origin: Tensor | None = None  # near the mean, from which vectors are summed: nothing that varies is lost
 
     def add(self, dense: Tensor, small: Tensor, *, number: int, seed: int) -> None:
         """Take one call's inputs in, of a batch of this number."""
         half = number % len(self.sums)
         if isinstance(self.module, nn.Conv2d):
-            pairs = self._patches(self.module, dense, small, seed)
+            parts = self._patches(self.module, dense, small, seed)
         else:
             x = small.reshape(-1, 1, self.size)
-            pairs = [self._drawn(x if dense is small else dense.reshape(-1, 1, self.size), x, seed)]
-        for t, x in pairs:  # each (vectors, groups, size)
+            parts = self._rows(x if dense is small else dense.reshape(-1, 1, self.size), x, seed)
+        for t, x, weights in parts:  # (vectors, groups, size), the same, and (vectors, 1)
             own = x.transpose(0, 1).float()
             if self.origin is None:
                 self.origin = own.mean(1, keepdim=True)
             own = own - self.origin
             other = own if t is x else t.transpose(0, 1).float() - self.origin
-            found = [gram_matrix(own), own.sum(1), other.sum(1)]
+            found = [gram_matrix(weights.sqrt() * own), (weights * own).sum(1), (weights * other).sum(1)]
             if self.crossed:
-                found.append(found[0] if t is x else other.mT @ own)
+                found.append(found[0] if t is x else other.mT @ (weights * own))
             if not self.sums[half]:
                 self.sums[half] = [torch.zeros_like(each, dtype=torch.float64) for each in found]
             for total, each in zip(self.sums[half], found, strict=True):
                 total.add_(each)
-            self.counts[half] += len(x)
+            self.weights[half] += float(weights.sum())
+            self.squares[half] += float(weights.square().sum())
 
     def _limit(self) -> int:
         """Vectors of one batch."""
         affordable = max(FEWEST * self.size, int(WORK / (self.groups * self.size**2)))
         return max(1, min(POSITIONS * self.size, affordable) // self.batches)
 
-    def _drawn(self, t: Tensor, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        index = self._draw(torch.arange(len(x), device=x.device), seed)
+    def _rows(self, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Vectors (vectors, 1, size) of both inputs, with their weights."""
+        index, weights = self._chosen(torch.arange(len(x), device=x.device), seed)
         if len(index) == len(x):
-            return t, x
-        drawn = x[index]
-        return drawn if t is x else t[index], drawn
+            yield t, x, weights
+        else:
+            drawn = x[index]
+            yield drawn if t is x else t[index], drawn, weights
 
-    def _draw(self, places: Tensor, seed: int) -> Tensor:
-        """Some of the places of a batch at random, or all where they are few."""
-        if len(places) <= self._limit():
-            return places
-        index = torch.randint(len(places), (self._limit(),), generator=torch.Generator().manual_seed(seed))
-        return places[index.to(places.device)]
+    def _chosen(self, vectors: Tensor, seed: int) -> tuple[Tensor, Tensor]:  # (any), (any, 1)
+        """Some of the vectors of a batch, or all where they are few, with their weights.
 
-    def _patches(self, layer: nn.Conv2d, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        Those drawn are drawn at random, in proportion to the weights of their places: as often as drawn they count.
+        """
+        count, limit, places = len(vectors), self._limit(), self.places
+        if places is None or count % len(places):  # those of other than whole examples
+            places = torch.ones(1)
+        if count <= limit:
+            return vectors, places.repeat(count // len(places)).to(vectors.device)[:, None]
+        generator = torch.Generator().manual_seed(seed)
+        examples = torch.randint(count // len(places), (limit,), generator=generator) * len(places)
+        if len(places) > 1:
+            examples += torch.multinomial(places, limit, replacement=True, generator=generator)
+        index, times = examples.unique(return_counts=True)
+        return vectors[index.to(vectors.device)], times.to(vectors.device, torch.float32)[:, None]
+
+    def _patches(self, layer: nn.Conv2d, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Patches (vectors, groups, size) of both inputs, piece by piece; they may lack the axis of the batch."""
         padded = [_padded(layer, each) for each in ((x,) if t is x else (t, x))]
         rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in padded]  # (places, channels)
-        corners, taps = _windows(layer, padded[0].shape)
-        corners, taps = (each.to(x.device) for each in (corners, taps))
-        for corner in self._draw(corners, seed).split(max(1, CHUNK // (self.groups * self.size))):
+        corners, taps = (each.to(x.device) for each in _windows(layer, padded[0].shape))
+        piece = max(1, CHUNK // (self.groups * self.size))
+        for corner, weights in zip(*(each.split(piece) for each in self._chosen(corners, seed)), strict=True):
             at = (corner[:, None] + taps).flatten()
             found = [each.index_select(0, at).unflatten(0, (-1, len(taps))).transpose(1, 2) for each in rows]
             patches = [each.reshape(-1, self.groups, self.size) for each in found]
-            yield patches[0], patches[-1]
+            yield patches[0], patches[-1], weights
 
     def moments(self) -> Moments:
-        apart = [(count, sums) for count, sums in zip(self.counts, self.sums, strict=True) if count]
+        apart = [each for each in zip(self.weights, self.squares, self.sums, strict=True) if each[0]]
         assert self.origin is not None, "vectors were seen"
         origin = self.origin[:, 0].double()
-        halves = [_mean_of(count, sums, origin) for count, sums in apart]
+        halves = [_mean_of(weight, squares, sums, origin) for weight, squares, sums in apart]
         if len(halves) < 2:
             return halves[0]
-        whole = _mean_of(sum(self.counts), [a + b for a, b in zip(*self.sums, strict=True)], origin)
-        return replace(whole, halves=tuple(halves))
+        both = [a + b for a, b in zip(*self.sums, strict=True)]
+        return replace(_mean_of(sum(self.weights), sum(self.squares), both, origin), halves=tuple(halves))
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:  # (batch, channels, height, width), or without the batch
@@ -305,12 +323,12 @@ def _windows(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, Tensor]:  
     return corners.flatten(), (down[:, None] * sides[1] + right).flatten()
 
 
-def _mean_of(count: int, sums: Sequence[Tensor], origin: Tensor) -> Moments:
+def _mean_of(weight: float, squares: float, sums: Sequence[Tensor], origin: Tensor) -> Moments:
     """The moments of vectors of which the sums are those of what they are from the origin, (conv_groups, m)."""
-    inputs, mean, dense_mean, *cross = (each / count for each in sums)
+    inputs, mean, dense_mean, *cross = (each / weight for each in sums)
     whole = _from_origin(inputs, mean, mean, origin)
     crossed = _from_origin(cross[0], dense_mean, mean, origin) if cross else whole
-    return Moments(count, whole, crossed, mean + origin, dense_mean + origin)
+    return Moments(max(1, round(weight**2 / squares)), whole, crossed, mean + origin, dense_mean + origin)
 
 
 def _from_origin(product: Tensor, one: Tensor, other: Tensor, origin: Tensor) -> Tensor:

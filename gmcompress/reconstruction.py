@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import count_examples, first_examples, split_batch
-from .calibration import norms_after, output_moments
+from .calibration import norms_after, output_gradients
 from .candidates import Subject, plain_svd
 from .factors import Metric
 from .files import json_digest
@@ -32,21 +32,25 @@ HELD = 1.5e9  # bytes of moments held at once
 PIECE = 2_500_000  # numbers of input in one run, which keeps what goes into many layers
 OUTPUT_DAMPING = 0.3  # of the mean diagonal of the output moments, added to it: they are a rough model,
 # and the rougher the fewer examples there are for each of its rows
+PLACE_DAMPING = 0.1  # of the mean, added to what each place of a layer's output counts for
 
 Progress = Callable[[str, int, int], None]
+Mean = tuple[str, Tensor]  # a BatchNorm and its new running mean
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Data that runs through a model, and what is known of the model from it.
 
-    `outputs` holds the damped moments of the gradients at the layers' outputs; `norms` names the BatchNorm that a layer
-    feeds directly; `passes` is how often the model may be run over all the batches, `macs` the multiply-adds of one
-    example, `effort` a multiple of what fits usually take.
+    `outputs` holds the damped moments of the gradients at the layers' outputs, and `places` what places of an example's
+    output count for, of mean 1; `norms` names the BatchNorm that a layer feeds directly; `passes` is how often the
+    model may be run over all the batches, `macs` the multiply-adds of one example, `effort` a multiple of what fits
+    usually take.
     """
 
     batches: Sequence[Inputs]
     outputs: Mapping[str, Tensor]
+    places: Mapping[str, Tensor]
     norms: Mapping[str, str]
     passes: int
     logits: bool
@@ -57,12 +61,34 @@ class Calibration:
         """Whether a bias or a BatchNorm takes up a shift of the layer's mean output."""
         return isinstance(layer.bias, Tensor) or name in self.norms
 
+    def absorbed(
+        self, name: str, layer: nn.Module, model: nn.Module, fitted: Tensor, moments: Moments | None
+    ) -> tuple[Tensor | None, Mean | None]:
+        """The new bias of a layer of the dense model, or of the BatchNorm behind it in a model the new mean.
+
+        They take up what the fitted weight shifts the layer's mean output by.
+        """
+        if moments is None or not self.absorbs(name, layer):
+            return None, None
+        shift = moments.shift(layer.get_parameter("weight").detach().double(), fitted.double())
+        if isinstance(layer.bias, Tensor):
+            return layer.bias.detach() - shift.to(layer.bias), None
+        norm = self.norms[name]
+        mean = model.get_submodule(norm).get_buffer("running_mean")
+        return None, (norm, mean + shift.to(mean))
+
     def metric(self, name: str, layer: nn.Module, moments: Moments | None) -> Metric:
         """What an error of this layer's weight costs; Frobenius for a layer that was never called."""
         if moments is None:
             return Metric()
         moments = moments.centred() if self.absorbs(name, layer) else moments
         return Metric(moments.gram(), self.outputs.get(name))
+
+    def moments(
+        self, dense: nn.Module, small: nn.Module, names: Sequence[str], *, crossed: Sequence[str] = ()
+    ) -> dict[str, Moments]:
+        """The moments of layers' inputs, weighted by what the places of their outputs count for; see `collect`."""
+        return collect(dense, small, names, self.batches, crossed=crossed, places=self.places)
 
     def chunks(self, model: nn.Module, names: Sequence[str], *, passes: int | None = None) -> list[list[str]]:
         """Consecutive layers whose moments are collected in one pass: as few as passes and memory allow."""
@@ -96,15 +122,17 @@ def calibrate(
     """
     names = [name for name in names if is_plain(dense, name)]
     few = first_examples(batches, max(FEWEST_BACKWARD, int(BACKWARD_PASSES / max(1, 3 * macs))))
-    found = output_moments(dense, few, names, logits=logits, seed=seed)
-    damped, seen = {}, sum(count_examples(each) for each in few)
-    for name, moment in found.items():
-        eye, damping = torch.eye(len(moment)).to(moment), OUTPUT_DAMPING + len(moment) / seen
-        damped[name] = (moment + damping * eye) / (1 + damping)
+    found = output_gradients(dense, few, names, logits=logits, seed=seed)
+    damped, places, seen = {}, {}, sum(count_examples(each) for each in few)
+    for name, each in found.items():
+        eye, damping = torch.eye(len(each.moment)).to(each.moment), OUTPUT_DAMPING + len(each.moment) / seen
+        damped[name] = (each.moment + damping * eye) / (1 + damping)
+        if each.places is not None:
+            places[name] = (each.places + PLACE_DAMPING) / (1 + PLACE_DAMPING)
     examples = sum(count_examples(each) for each in batches)
     passes = max(FEWEST, int(effort * PASSES / max(1, macs * examples)))
     pieces = tuple(piece for each in batches for piece in split_batch(each, PIECE))
-    return Calibration(pieces, damped, norms_after(dense, batches[0], names), passes, logits, macs, effort)
+    return Calibration(pieces, damped, places, norms_after(dense, batches[0], names), passes, logits, macs, effort)
 
 
 @dataclass(frozen=True)
@@ -123,12 +151,20 @@ class Reconstruction:
         assert weight is not None, "a plan is checked to fit its model"
         fitted = expand({k: v.to(weight) for k, v in fit.tensors.items()}, fit.structure, weight.shape)
         write_weight(small, name, fitted)
+        absorb(small, name, bias, mean)
         if bias is not None:
             self.biases[name] = bias
-            find_weight(small, name)[0].get_parameter("bias").copy_(bias)
         if mean is not None:
             self.means[mean[0]] = mean[1]
-            small.get_submodule(mean[0]).get_buffer("running_mean").copy_(mean[1])
+
+
+@torch.no_grad()
+def absorb(model: nn.Module, name: str, bias: Tensor | None, mean: Mean | None) -> None:
+    """Put what `Calibration.absorbed` found into a model."""
+    if bias is not None:
+        find_weight(model, name)[0].get_parameter("bias").copy_(bias)
+    if mean is not None:
+        model.get_submodule(mean[0]).get_buffer("running_mean").copy_(mean[1])
 
 
 def reconstruct(
@@ -156,7 +192,7 @@ def reconstruct(
         found.take_in(names.pop(0), small, *_remembered(*kept))
     others = [[name] for name in names if not plain[name]]
     for chunk in others + calibration.chunks(dense, [name for name in names if plain[name]]):
-        moments = collect(dense, small, chunk, calibration.batches, crossed=chunk[:1]) if plain[chunk[0]] else {}
+        moments = calibration.moments(dense, small, chunk, crossed=chunk[:1]) if plain[chunk[0]] else {}
         for name in chunk:
             if progress is not None:
                 progress(name, len(found.fits), len(structures))
@@ -168,7 +204,8 @@ def reconstruct(
                 target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
             allowed = effort * _slowness(structures[name], weight)
             fit = best_fit(weight, target, structures[name], metric, effort=allowed)
-            bias, mean = _absorbed(name, layer, small, fit, calibration, seen)
+            fitted = expand(fit.tensors, fit.structure, weight.shape)
+            bias, mean = calibration.absorbed(name, layer, small, fitted, seen)
             found.take_in(name, small, fit, bias, mean)
             _remember(notes, kind, name, fit, bias, mean)
     return found
@@ -183,25 +220,6 @@ def _slowness(structure: Structure, weight: Tensor) -> float:
 def plan_digest(structures: Mapping[str, Structure], effort: float) -> str:
     """What tells the fits of one plan from those of another."""
     return json_digest({"effort": effort, **{name: str(each) for name, each in structures.items()}})[:12]
-
-
-Mean = tuple[str, Tensor]  # a BatchNorm and its new running mean
-
-
-def _absorbed(
-    name: str, layer: nn.Module, small: nn.Module, fit: Fit, calibration: Calibration, moments: Moments | None
-) -> tuple[Tensor | None, Mean | None]:
-    """The new bias of a layer, or the new mean of the BatchNorm behind it."""
-    if moments is None or not calibration.absorbs(name, layer):
-        return None, None
-    weight = layer.get_parameter("weight").detach().double()
-    fitted = expand(fit.tensors, fit.structure, weight.shape).double()
-    shift = moments.shift(weight, fitted)
-    if isinstance(layer.bias, Tensor):
-        return layer.bias.detach() - shift.to(layer.bias), None
-    norm = calibration.norms[name]
-    mean = small.get_submodule(norm).get_buffer("running_mean")
-    return None, (norm, mean + shift.to(mean))
 
 
 def _remember(notes: Notes, kind: str, name: str, fit: Fit, bias: Tensor | None, mean: Mean | None) -> None:

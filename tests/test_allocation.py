@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
-from gmcompress.allocation import Sensitivity
-from gmcompress.candidates import Subject, plain_svd
+from gmcompress.allocation import PROBES, Probes, Sensitivity
+from gmcompress.calibration import divergence, outputs
+from gmcompress.candidates import Subject, plain_svd, rank_within
 from gmcompress.factors import Metric
 from gmcompress.layers import GMLayer
+from gmcompress.reconstruction import calibrate
 from gmcompress.selection import Candidate
-from gmcompress.structure import Structure
+from gmcompress.structure import Structure, expand
 
 
 def perceptron(width: int = 16, depth: int = 3) -> nn.Module:
@@ -285,6 +287,46 @@ def test_sensitivities_are_power_laws() -> None:
         found = Sensitivity.through(points)
         assert 0.5 <= found.exponent <= 2
         assert 0 <= found.scale < float("inf")
+
+
+@pytest.mark.parametrize(("build", "name"), [(perceptron, "2"), (convolutional, "2")], ids=["bias", "norm"])
+def test_a_probe_takes_its_shift_out_of_the_bias(build: Callable[[], nn.Module], name: str) -> None:
+    """As in a compression, but where a BatchNorm takes the shift up, which is left as it is; so is the model."""
+    model = build().eval()
+    x = examples(model, 200) + 3  # so that a low rank of what varies shifts the mean
+    known = calibrate(model, [x], [name], logits=True, macs=1000)
+    moments = known.moments(model, model, [name])[name]
+    layer, before = model.get_submodule(name), state_of(model)
+    subject = Subject(layer.weight.detach().double(), known.metric(name, layer, moments))
+    model.zero_grad()
+    found = Probes(model, known, 1).measure(name, subject, moments)
+    assert_untouched(model, before)
+
+    def expected(*, shifted: bool) -> Sensitivity:
+        points, split = [], layer.weight.dim() == 4
+        for share in PROBES:
+            rank = rank_within(subject.shape, int(share * prod(subject.shape)), grid=None, split=split)
+            fitted = expand(
+                subject.low_ranks(rank, split=split).leading(rank), Structure.factors(rank, split=split), subject.shape
+            )
+            other = build().eval()
+            with torch.no_grad():
+                other.get_submodule(name).weight.copy_(fitted)
+                shift = moments.shift(subject.weight, fitted).float()
+                if shifted and name in known.norms:
+                    other.get_submodule(known.norms[name]).running_mean.add_(shift)
+                elif shifted:
+                    other.get_submodule(name).bias.sub_(shift)
+            away = divergence(outputs(model, [x]), outputs(other, [x]), logits=True)
+            points.append((subject.low_rank_loss(rank, split=split), away))
+        return Sensitivity.through(points)
+
+    def assert_found(wanted: Sensitivity) -> None:
+        assert found.scale == pytest.approx(wanted.scale, rel=1e-3)
+        assert found.exponent == pytest.approx(wanted.exponent, abs=1e-3)
+
+    assert_found(expected(shifted=name not in known.norms))
+    must_fail(assert_found, expected(shifted=name in known.norms))
 
 
 # --------------------------------------------------------------------------------------------------------------- data

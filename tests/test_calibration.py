@@ -9,7 +9,7 @@ from test_moments import Tokens
 from torch import Generator, Tensor, nn
 
 import gmcompress as gm
-from gmcompress.calibration import divergence, norms_after, output_moments, outputs
+from gmcompress.calibration import divergence, norms_after, output_gradients, outputs
 from gmcompress.errors import GMError
 from gmcompress.moments import Moments
 
@@ -101,11 +101,11 @@ def classifier() -> nn.Module:
     ).double()
 
 
-def test_output_moments_are_those_of_the_fisher_information(generator: Generator) -> None:
+def test_output_gradients_are_those_of_the_fisher_information(generator: Generator) -> None:
     """Of the last layer the moment is the mean of diag(p) − p pᵀ, which many drawn labels near; its diagonal is 1."""
     model = classifier()
     x = torch.randn(600, 2, 4, 4, generator=generator, dtype=torch.float64)
-    found = output_moments(model, [x], ["0", "2", "4"], logits=True)
+    found = {k: v.moment for k, v in output_gradients(model, [x], ["0", "2", "4"], logits=True).items()}
     p = model(x).softmax(-1)
     fisher = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0).detach()
     expected = fisher / fisher.diagonal().mean()
@@ -119,21 +119,42 @@ def test_output_moments_are_those_of_the_fisher_information(generator: Generator
         assert found[name].shape == (rows, rows)
         assert_close(found[name].diagonal().mean(), 1.0)
         assert float(torch.linalg.eigvalsh(found[name]).min()) > -1e-6
-    again = output_moments(model, [x], ["0", "2", "4"], logits=True)
-    assert all(torch.equal(again[name], found[name]) for name in found)
+    again = output_gradients(model, [x], ["0", "2", "4"], logits=True)
+    assert all(torch.equal(again[name].moment, found[name]) for name in found)
 
 
-def test_frozen_weights_have_output_moments_and_unreached_layers_none(generator: Generator) -> None:
+def test_places_count_by_their_mean_squared_gradients(generator: Generator) -> None:
+    """Tokens of which two are read out; examples that differ in their number, and layers with one place, have none."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.tokens(x)[:, 1] + 0.5 * self.tokens(x)[:, 0])
+
+    torch.manual_seed(0)
+    model, x = Reads(), torch.randn(40, 5, 4, generator=generator)
+    found = output_gradients(model, [x[:20], x[20:]], ["tokens", "head"], logits=True)
+    assert found["head"].places is None
+    assert_close(found["tokens"].places, torch.tensor([1.0, 4.0, 0.0, 0.0, 0.0]), slack=10)
+    uneven = output_gradients(model, [x, x[:, :4]], ["tokens", "head"], logits=True)
+    assert uneven["tokens"].places is None
+    assert uneven["tokens"].moment.shape == (4, 4)
+
+
+def test_frozen_weights_have_output_gradients_and_unreached_layers_none(generator: Generator) -> None:
     model, x = classifier(), torch.randn(50, 2, 4, 4, generator=generator, dtype=torch.float64)
-    expected = output_moments(model, [x], ["0", "2", "4"], logits=True)
+    expected = output_gradients(model, [x], ["0", "2", "4"], logits=True)
     model.zero_grad()
     model.requires_grad_(False)
-    found = output_moments(model, [x], ["0", "2", "4"], logits=True)
+    found = output_gradients(model, [x], ["0", "2", "4"], logits=True)
     for name in expected:
-        assert_close(found[name], expected[name], slack=1e6)
+        assert_close(found[name].moment, expected[name].moment, slack=1e6)
     assert all(each.grad is None for each in model.parameters())
     tokens = Tokens()
-    assert set(output_moments(tokens, [torch.randn(3, 4)], ["body", "never"], logits=False)) == {"body"}
+    assert set(output_gradients(tokens, [torch.randn(3, 4)], ["body", "never"], logits=False)) == {"body"}
 
 
 # -------------------------------------------------------------------------------------------------------------- norms

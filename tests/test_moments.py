@@ -10,7 +10,7 @@ from conftest import assert_close, must_fail
 from torch import Generator, Tensor, nn
 
 import gmcompress as gm
-from gmcompress.calibration import output_moments
+from gmcompress.calibration import output_gradients
 from gmcompress.moments import Moments, collect
 from gmcompress.plain import is_plain
 
@@ -133,7 +133,8 @@ def test_sums_that_would_cost_too_much_are_of_fewer_vectors(
     batches = [torch.randn(4, 3, 12, 12, generator=generator) for _ in range(4)]  # 1600 patches
     for work, expected in ((10**9, 1600), (500 * 36**2, 500), (1, 3 * 36)):
         monkeypatch.setattr("gmcompress.moments.WORK", work)
-        assert collect(dense, dense, ["1"], batches)["1"].count == expected
+        count = collect(dense, dense, ["1"], batches)["1"].count
+        assert count == expected if expected == 1600 else 0.6 * expected < count <= expected, "some are drawn twice"
 
 
 def test_a_subsample_is_unbiased(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +146,7 @@ def test_a_subsample_is_unbiased(generator: Generator, monkeypatch: pytest.Monke
     monkeypatch.setattr("gmcompress.moments.POSITIONS", 45)  # 45·36 of 16000 patches, 40 of each batch
     drawn = collect(dense, dense, ["1"], batches)["1"]
     assert whole.count == 40 * 400
-    assert drawn.count == 40 * 40
+    assert 0.9 * 40 * 40 < drawn.count <= 40 * 40
 
     def assert_near(found: Tensor) -> None:
         error = float((found - whole.inputs).norm() / whole.inputs.norm())
@@ -154,6 +155,51 @@ def test_a_subsample_is_unbiased(generator: Generator, monkeypatch: pytest.Monke
     assert_near(drawn.inputs)
     must_fail(assert_near, 1.5 * drawn.inputs)
     must_fail(assert_near, whole.inputs)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "images"])
+def test_vectors_count_as_the_places_that_they_are_for(
+    kind: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole sums against weighted ones place by place, and drawn ones near them; few places tell little."""
+    if kind == "tokens":
+        dense, small = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)) for _ in range(2))
+        batches = [torch.randn(size, 6, 4, generator=generator) for size in (30, 10)]
+        vectors = [[net[0](x).flatten(0, 1)[:, None] for x in batches] for net in (dense, small)]
+    else:
+        dense, small = two(nn.Conv2d, 4, 8, kernel_size=2, stride=(2, 1), groups=2)
+        batches = [torch.randn(size, 3, 4, 4, generator=generator) for size in (30, 10)]
+        patches = [[slow_patches(net[1], net[0](x)) for x in batches] for net in (dense, small)]
+        vectors = [[torch.stack([torch.stack(g) for g in each], 1) for each in half] for half in patches]
+    old, new = (torch.cat(each).detach().double() for each in vectors)  # (vectors, groups, m)
+    places = torch.tensor([4.0, 0.5, 0.5, 0.5, 0.25, 0.25])
+    weights = places.repeat(40).double()[:, None, None] / len(old)
+    wanted = torch.einsum("vgi,vgj->gij", weights * new, new), torch.einsum("vgi,vgj->gij", weights * old, new)
+    found = collect(dense, small, ["1"], batches, places={"1": places})["1"]
+    assert_close(found.inputs.float(), wanted[0].float(), slack=10)
+    assert_close(found.cross.float(), wanted[1].float(), slack=10)
+    assert_close(found.mean.float(), (weights * new).sum(0).float(), slack=10)
+    assert_close(found.dense_mean.float(), (weights * old).sum(0).float(), slack=10)
+    must_fail(assert_close, collect(dense, small, ["1"], batches)["1"].inputs.float(), wanted[0].float())
+    assert found.count == round(240 / float(places.square().mean()))
+    assert [each.count for each in found.halves] == [round(n / float(places.square().mean())) for n in (180, 60)]
+
+    monkeypatch.setattr("gmcompress.moments.WORK", 1)
+    monkeypatch.setattr("gmcompress.moments.FEWEST", 25)  # times m, in two batches, of which the first has more
+    drawn = collect(dense, small, ["1"], batches, places={"1": places})["1"]
+    assert drawn.count < found.count
+
+    def assert_near(one: Tensor) -> None:
+        assert float((drawn.inputs - one).norm() / one.norm()) < 0.25
+
+    assert_near(found.inputs)
+    must_fail(assert_near, 2 * found.inputs)
+
+
+def test_places_of_other_than_whole_examples_count_alike(generator: Generator) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 7, 4, generator=generator)
+    odd = collect(model, model, ["0"], [x], places={"0": torch.rand(6, generator=generator)})["0"]
+    assert torch.equal(odd.inputs, collect(model, model, ["0"], [x])["0"].inputs)
 
 
 def moments_of(t: Tensor, x: Tensor) -> Moments:  # both (count, groups, m)
@@ -260,8 +306,10 @@ def test_images_without_a_batch_axis(generator: Generator) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(3, 6, 7, generator=generator)
     one, batch = (collect(model, model, ["0"], [each])["0"] for each in (x, x[None]))
     assert torch.equal(one.inputs, batch.inputs)
-    found = [output_moments(model, [each], ["0"], logits=False)["0"] for each in (x, x[None])]
-    assert_close(found[0], found[1])
+    found = [output_gradients(model, [each], ["0"], logits=False)["0"] for each in (x, x[None])]
+    assert_close(found[0].moment, found[1].moment)
+    assert found[0].places is not None
+    assert torch.equal(found[0].places, found[1].places)
 
 
 @pytest.mark.parametrize("kind", ["buffer", "tensor", "other settings"])

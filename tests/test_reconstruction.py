@@ -126,11 +126,14 @@ def test_the_means_of_all_outputs_are_kept(build, generator: Generator) -> None:
     for name in structures:
 
         def mean_of(model: nn.Module, name: str = name) -> Tensor:
-            mean = outputs_of(model, name, known.batches).mean(0)
+            outputs = outputs_of(model, name, known.batches)
+            places = known.places.get(name, torch.ones(1))
+            mean = (places.to(outputs).repeat(len(outputs) // len(places))[:, None] * outputs).mean(0)
             norm = known.norms.get(name)
             return mean if norm is None else mean - model.get_submodule(norm).running_mean
 
         assert_close(mean_of(small), mean_of(dense), slack=10)
+        assert (name in known.places) == (isinstance(dense.get_submodule(name), nn.Conv2d))
         assert (name in found.biases) != (name in known.norms)
         if name in found.biases:
             layer = small.get_submodule(name)
@@ -213,7 +216,7 @@ def test_chunks_hold_consecutive_layers() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(7)))
     names = [str(each) for each in range(7)]
     for passes, longest in ((1, 7), (2, 4), (7, 1), (100, 1)):
-        chunks = Calibration((), {}, {}, passes, False).chunks(model, names)
+        chunks = Calibration((), {}, {}, {}, passes, False).chunks(model, names)
         assert [name for chunk in chunks for name in chunk] == names
         assert max(map(len, chunks)) == longest
 
