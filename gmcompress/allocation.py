@@ -152,10 +152,11 @@ class Probes:
     def _away(self, name: str, weight: Tensor, fitted: Tensor, moments: Moments | None) -> float:
         """How far the outputs lie from the dense model's with another weight in a layer, and the bias for it."""
         layer = find_weight(self.dense, name)[0]
-        before, after = (self.calibration.absorbed(name, layer, self.dense, w, moments)[0] for w in (weight, fitted))
+        bias, _ = self.calibration.absorbed(name, layer, self.dense, fitted, moments)
+        before = None if bias is None else layer.get_parameter("bias").detach().clone()
         try:
             write_weight(self.dense, name, fitted)
-            absorb(self.dense, name, after, None)
+            absorb(self.dense, name, bias, None)
             return divergence(self.wanted, outputs(self.dense, self.batches), logits=self.calibration.logits)
         finally:
             write_weight(self.dense, name, weight)

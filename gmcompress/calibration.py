@@ -134,10 +134,10 @@ class _GradientSums:
         self.uneven = False
 
     def add(self, gradient: Tensor) -> None:  # (batch, *places, rows)
-        rows = gradient.flatten(0, -2).float()
-        moment = gram_matrix(rows).double()
+        gradient = gradient.float()
+        moment = gram_matrix(gradient.flatten(0, -2)).double()
         self.moment = moment if self.moment is None else self.moment + moment
-        squares = gradient.float().square().sum((0, -1)) if gradient.dim() > 2 else torch.zeros(())
+        squares = gradient.square().sum((0, -1)) if gradient.dim() > 2 else torch.zeros(())
         self.uneven |= self.places is not None and self.places.shape != squares.shape
         self.places = squares if self.places is None or self.uneven else self.places + squares
 

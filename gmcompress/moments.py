@@ -216,7 +216,7 @@ class _Sums:
 
     def __init__(self, module: nn.Module, batches: int, places: Tensor | None, *, crossed: bool) -> None:
         self.module, self.batches, self.crossed = module, batches, crossed
-        self.places = None if places is None else places.flatten().float().cpu()
+        self.places = torch.ones(1) if places is None else places.cpu()
         self.groups = getattr(module, "groups", 1)
         self.size = module.get_parameter("weight")[0].numel()
         self.weights = [0.0, 0.0] if crossed else [0.0]  # of the vectors, summed, and their squares
@@ -238,9 +238,10 @@ class _Sums:
                 self.origin = own.mean(1, keepdim=True)
             own = own - self.origin
             other = own if t is x else t.transpose(0, 1).float() - self.origin
-            found = [gram_matrix(weights.sqrt() * own), (weights * own).sum(1), (weights * other).sum(1)]
+            weighed = weights * own
+            found = [gram_matrix(weights.sqrt() * own), weighed.sum(1), (weights * other).sum(1)]
             if self.crossed:
-                found.append(found[0] if t is x else other.mT @ (weights * own))
+                found.append(found[0] if t is x else other.mT @ weighed)
             if not self.sums[half]:
                 self.sums[half] = [torch.zeros_like(each, dtype=torch.float64) for each in found]
             for total, each in zip(self.sums[half], found, strict=True):
@@ -267,16 +268,14 @@ class _Sums:
 
         Those drawn are drawn at random, in proportion to the weights of their places: as often as drawn they count.
         """
-        count, limit, places = len(vectors), self._limit(), self.places
-        if places is None or count % len(places):  # those of other than whole examples
-            places = torch.ones(1)
+        count, limit = len(vectors), self._limit()
+        places = torch.ones(1) if count % len(self.places) else self.places  # alike in other than whole examples
         if count <= limit:
             return vectors, places.repeat(count // len(places)).to(vectors.device)[:, None]
         generator = torch.Generator().manual_seed(seed)
         examples = torch.randint(count // len(places), (limit,), generator=generator) * len(places)
-        if len(places) > 1:
-            examples += torch.multinomial(places, limit, replacement=True, generator=generator)
-        index, times = examples.unique(return_counts=True)
+        drawn = torch.multinomial(places, limit, replacement=True, generator=generator)
+        index, times = (examples + drawn).unique(return_counts=True)
         return vectors[index.to(vectors.device)], times.to(vectors.device, torch.float32)[:, None]
 
     def _patches(self, layer: nn.Conv2d, t: Tensor, x: Tensor, seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
