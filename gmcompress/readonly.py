@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap has no memory to compare
 
 from .errors import GMError
 
 REMEDY = "gmcompress.densify(model, [its name]) puts a plain parameter in its place first"
 ABOUT_OTHERS = ("requires_grad_", "share_memory_", "rename_")  # than the values
+VIEWS = (  # methods that may hand out the same memory
+    *("__getitem__", "__iter__", "as_strided", "chunk", "diagonal", "expand", "expand_as", "flatten", "movedim"),
+    *("moveaxis", "narrow", "permute", "ravel", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes"),
+    *("swapdims", "t", "tensor_split", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
+)
 OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "div", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 
 
 class ReadOnly(Tensor):
     """A computed tensor as it is handed out: a plain one to every operation, but for those that write into it.
 
-    Those of its own methods are refused, and so are they of its `.data` and `.detach()`, which share its memory; views
-    are plain tensors. What is made of it, as by `nn.Parameter`, copies and pickles, is its owner's to write to.
+    Those of its own methods are refused, and so are they of what its methods hand out of the same memory: its `.data`,
+    its `.detach()`, its rows and other views. What is made of it, as by `nn.Parameter`, copies and pickles, is its
+    owner's to write to. Functions are not watched: `torch.add(a, b, out=weight)` writes, and is lost.
     """
 
     # as Parameter has: results are plain, and calls no slower
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    maker: object  # what computes it
+    maker: object  # what computes it; None of a view, which is another weight
 
     def detach(self) -> Tensor:
         """The same memory without a graph, as little to be written to."""
@@ -37,6 +45,16 @@ class ReadOnly(Tensor):
     @data.setter
     def data(self, values: Tensor) -> None:
         _refuse(self, values)
+
+    @property
+    def T(self) -> Tensor:  # type: ignore[override]  # noqa: N802
+        """The axes in reverse order."""
+        return self.permute(*reversed(range(self.dim())))
+
+    @property
+    def mT(self) -> Tensor:  # type: ignore[override]  # noqa: N802
+        """The last two axes exchanged."""
+        return self.transpose(-2, -1)
 
     @property
     def _is_param(self) -> bool:
@@ -60,6 +78,29 @@ def _refuse(_computed: Tensor, *_values: Any, **_options: Any) -> NoReturn:
     )
 
 
+def _viewing(name: str) -> Callable[..., Any]:
+    def view(computed: ReadOnly, *arguments: Any, **options: Any) -> Any:
+        return _shared(getattr(super(ReadOnly, computed), name)(*arguments, **options), computed)
+
+    return view
+
+
+def _shared(found: Any, computed: Any) -> Any:
+    """What a method has given, as little to be written to where it lies in the memory of the computed tensor."""
+    if torch.compiler.is_compiling():
+        return found
+    if isinstance(found, tuple | list):
+        return type(found)(_shared(each, computed) for each in found)
+    if not isinstance(found, Tensor):  # an iterator
+        return (_shared(each, computed) for each in found)
+    if type(found) is not Tensor or is_functorch_wrapped_tensor(found):
+        return found
+    same = found.untyped_storage()._cdata == computed.untyped_storage()._cdata
+    return _marked(found, None) if same else found
+
+
+for _name in VIEWS:
+    setattr(ReadOnly, _name, _viewing(_name))
 for _name in (each for each in dir(Tensor) if each.endswith("_") and not each.startswith("_")):
     if _name not in ABOUT_OTHERS:
         setattr(ReadOnly, _name, _refuse)

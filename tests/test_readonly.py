@@ -36,7 +36,26 @@ def assign_row(weight):
     weight[0] = 0
 
 
+def zero_first_rows(weight):
+    nn.init.zeros_(weight[:2])  # as a fused projection is initialised part by part
+
+
+def zero_padding(weight):
+    weight.data[0].zero_()  # as transformers does for the padding of an embedding
+
+
+def scale_parts(weight):
+    for part in weight.chunk(2):
+        part *= 2
+
+
 WRITES = [
+    zero_first_rows,
+    zero_padding,
+    scale_parts,
+    lambda weight: weight.T.mul_(2),
+    lambda weight: next(iter(weight)).zero_(),
+    lambda weight: weight.view(-1).fill_(0),
     iadd,
     data_iadd,
     assign_data,
@@ -64,6 +83,10 @@ def test_all_else_is_as_with_any_tensor():
         for made in (weight.clone(), 2 * weight, nn.Parameter(weight).data, copy.deepcopy(weight.detach())):
             assert type(made) is torch.Tensor
             made.zero_()
+        for made in (weight[[0, 1]], weight.T @ weight, weight.T.reshape(-1), weight.unsqueeze(0).sum(0)):
+            assert type(made) is torch.Tensor  # memory of its own
+            made.zero_()
+        assert type(weight.unbind()) is tuple
         parameter = nn.Parameter(weight)
         assert (type(parameter), parameter.is_leaf) == (nn.Parameter, True)
         file = io.BytesIO()
@@ -74,10 +97,18 @@ def test_all_else_is_as_with_any_tensor():
         assert torch.equal(weight.data, weight)
 
 
+def test_a_view_of_a_weight_is_another_weight():
+    for layer in layers():
+        for other in (layer.weight.T, layer.weight[:4], layer.weight.flip(0)):
+            with pytest.raises(gm.GMError, match="is computed and cannot be assigned"):
+                layer.weight = other
+
+
 def test_a_compiled_function_takes_one_that_was_handed_out():
     weight, x = layers()[1].weight.detach(), torch.randn(2, 8)
-    compiled = torch.compile(nn.functional.linear, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x, weight), nn.functional.linear(x, weight))
+    for function in (nn.functional.linear, lambda x, weight: x @ weight.T + weight[0]):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert_close(compiled(x, weight), function(x, weight))
 
 
 def test_tying_again_is_harmless_and_another_value_refused():
