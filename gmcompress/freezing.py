@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace as changed
 from typing import Any
@@ -16,7 +15,7 @@ from .errors import GMError, said
 from .layers import GMLayer, Verdict
 from .metrics import latencies, measure_together
 from .reporting import Result
-from .surgery import Inputs, check_model, run
+from .surgery import Inputs, check_model, run, shell
 
 PATHS = ("auto", "dense", "structured")
 GAIN = 0.97  # of the dense time that the fast product may take at most; what is nearer may be noise
@@ -131,7 +130,8 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
 
 def _compare(layer: GMLayer, given: Tensor, repeats: int) -> Verdict:
     """Freeze one layer on the faster path for this input."""
-    twin = copy.copy(layer)
+    twin = shell(layer)
+    assert isinstance(twin, GMLayer)
     twin.freeze_("structured")
     layer.freeze_("dense")
     dense = layer.forward(given)

@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close, must_fail
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import gmcompress as gm
@@ -96,6 +96,19 @@ def test_changed_weights_are_seen(path):
     with torch.no_grad():
         copied[0].kernel.zero_()
     assert_close(frozen(x), before, slack=10)
+
+
+class Doubled(nn.Module):
+    def forward(self, values):
+        return 2 * values
+
+
+def test_a_parametrized_layer_is_timed_like_any_other():
+    model, x = network(), torch.randn(3, 8, 4, 4)
+    parametrize.register_parametrization(model[3], "kernel", Doubled())
+    frozen = gm.freeze(model, inputs=x)
+    assert gm.verdicts(frozen)["3"].dense_ms > 0
+    assert_close(frozen(x), model(x), slack=10)
 
 
 @pytest.mark.parametrize("path", ["dense", "structured"])
