@@ -11,56 +11,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batches import first_examples
 from .budgets import Budget
-from .calibration import divergence, outputs
 from .candidates import Subject, candidates, offered, priced, rank_within
 from .errors import GMError
-from .factors import Metric, views_of
+from .factors import Metric
 from .groups import Group
-from .moments import Moments
 from .notes import Notes
 from .plain import is_plain
 from .planning import Eligible, Plan
+from .probes import Probe, Probes, Sensitivity
 from .projection import exactness
-from .reconstruction import Calibration, absorb
+from .reconstruction import Calibration
 from .selection import Candidate, Selection, check_reachable, select
-from .structure import Structure, expand
-from .surgery import Site, find_weight, read_weight, write_weight
-
-PROBES = (0.45, 0.18)  # shares of a layer's weight at which the model's sensitivity to it is measured
-WORK = 1.5e12  # multiply-adds spent on measuring sensitivities
-FEWEST = 8  # examples on which they are measured in any case
-EXPONENTS = (0.5, 2.0)  # between which the growth of the divergence with the loss is believed
+from .structure import Structure
+from .surgery import Site, find_weight, read_weight
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """The divergence of the model's outputs when one layer alone loses `loss`: scale × loss^exponent."""
-
-    scale: float
-    exponent: float
-
-    def weigh(self, candidate: Candidate) -> Candidate:
-        """The candidate with its loss as the divergence that it is expected to cause."""
-        lost = self.scale * candidate.loss**self.exponent if candidate.loss > 0 else 0.0
-        return replace(candidate, loss=lost)
-
-    @classmethod
-    def through(cls, points: Sequence[tuple[float, float]]) -> Sensitivity:
-        """The power law through two measured (loss, divergence), the exponent kept within EXPONENTS.
-
-        >>> Sensitivity.through([(0.1, 0.01), (0.4, 0.04)])
-        Sensitivity(scale=0.1, exponent=1.0)
-        """
-        tiny = 1e-12
-        (x0, y0), (x1, y1) = ((max(x, tiny), max(y, tiny)) for x, y in sorted(points))
-        slope = math.log(y1 / y0) / math.log(x1 / x0) if x1 > x0 * 1.01 else 1.0
-        exponent = round(min(max(slope, EXPONENTS[0]), EXPONENTS[1]), 6)
-        scale = math.sqrt(y0 / x0**exponent * (y1 / x1**exponent))
-        return cls(float(f"{scale:.6g}"), exponent)
 
 
 def subject_of(site: Site, weight: Tensor, metric: Metric, *, positions: int | None) -> Subject:
@@ -84,18 +50,14 @@ def tabulate(
 
     `effort` multiplies what the fits may take.
     """
-    notes, kind = notes or Notes(None, {}), "table" if effort == 1 else f"table-{effort:g}"
+    notes, kind = notes or Notes(None, {}), "candidates" if effort == 1 else f"candidates-{effort:g}"
     by_name = {site.name: site for site in sites}
-    kept = {name: notes.read(kind, name) for name in by_name}
-    found = {name: [Candidate(**row) for row in each[0]["rows"]] for name, each in kept.items() if each}
+    found, probes = _kept(notes, kind, list(by_name))
     names = [name for name in by_name if name not in found]
     chunks = [names] if calibration is None else _chunks(dense, names, calibration)
-    probes = None
     for chunk in chunks:
         known = calibration is not None and is_plain(dense, chunk[0])
         moments = calibration.moments(dense, dense, chunk) if calibration is not None and known else {}
-        if calibration is not None and probes is None:
-            probes = Probes(dense, calibration, len(sites))
         for name in chunk:
             if progress is not None:
                 progress(name, len(found), len(sites))
@@ -104,11 +66,41 @@ def tabulate(
             metric = Metric() if calibration is None else calibration.metric(name, layer, seen)
             subject = subject_of(by_name[name], weight, metric, positions=(positions or {}).get(name))
             found[name] = candidates(subject, _fitting(dense, name, group), effort=effort)
-            if probes is not None:
-                sensitivity = probes.measure(name, subject, seen)
-                found[name] = [sensitivity.weigh(each) for each in found[name]]
-            notes.write(kind, name, {"rows": [asdict(each) for each in found[name]]})
-    return {name: found[name] for name in by_name}
+            facts: dict[str, Any] = {"rows": [asdict(each) for each in found[name]]}
+            tensors: dict[str, Tensor] = {}
+            if calibration is not None:
+                probes[name] = Probe.of(subject, seen.mean if seen and calibration.absorbs(name, layer) else None)
+                facts["probe"], tensors = probes[name].notes()
+            notes.write(kind, name, facts, tensors)
+    if calibration is None:
+        return {name: found[name] for name in by_name}
+    weights = _sensitivities(dense, calibration, {name: probes[name] for name in by_name}, notes, kind)
+    return {name: [weights[name].weigh(each) for each in found[name]] for name in by_name}
+
+
+def _kept(notes: Notes, kind: str, names: Iterable[str]) -> tuple[dict[str, list[Candidate]], dict[str, Probe]]:
+    """The candidates and probes of the layers done already."""
+    found, probes = {}, {}
+    for name in names:
+        kept = notes.read(kind, name)
+        if kept is not None:
+            found[name] = [Candidate(**row) for row in kept[0]["rows"]]
+            if "probe" in kept[0]:
+                probes[name] = Probe.from_notes(kept[0]["probe"], kept[1])
+    return found, probes
+
+
+def _sensitivities(
+    dense: nn.Module, calibration: Calibration, probes: Mapping[str, Probe], notes: Notes, kind: str
+) -> dict[str, Sensitivity]:
+    """The model's sensitivity to every layer, by the notes or measured."""
+    entry = f"sensitivities of {', '.join(probes)}"
+    kept = notes.read(kind, entry)
+    if kept is not None:
+        return {name: Sensitivity(*each) for name, each in kept[0]["layers"].items()}
+    found = Probes(dense, calibration, len(probes)).sensitivities(probes)
+    notes.write(kind, entry, {"layers": {name: [each.scale, each.exponent] for name, each in found.items()}})
+    return found
 
 
 def _fitting(dense: nn.Module, name: str, group: Group | None) -> Group | None:
@@ -121,46 +113,6 @@ def _chunks(dense: nn.Module, names: Sequence[str], calibration: Calibration) ->
     plain = [name for name in names if is_plain(dense, name)]
     others = [name for name in names if name not in plain]
     return ([others] if others else []) + calibration.chunks(dense, plain, passes=1)
-
-
-class Probes:
-    """Measures how the model's outputs change when one layer alone is replaced."""
-
-    def __init__(self, dense: nn.Module, calibration: Calibration, layers: int) -> None:
-        self.dense, self.calibration = dense, calibration
-        examples = int(WORK / max(1, len(PROBES) * layers * calibration.macs))
-        self.batches = first_examples(calibration.batches, max(FEWEST, examples))
-        self.wanted = outputs(dense, self.batches)
-
-    def measure(self, name: str, subject: Subject, moments: Moments | None) -> Sensitivity:
-        """The sensitivity to one layer, from low ranks of two sizes in its place; all is put back.
-
-        As in a compression, what they shift the mean output by is taken out of the bias. The mean of a BatchNorm is
-        left: a ResNet-20 at a quarter of its size came out at 88.7 % so, at 88.2 % with it moved, which is not much
-        more than such runs differ by.
-        """
-        weight = read_weight(self.dense, name)
-        assert weight is not None, "only matrices are planned"
-        points, split = [], views_of(weight.shape)[-1]
-        for share in PROBES:
-            rank = max(1, rank_within(weight.shape, int(share * weight.numel()), grid=None, split=split))
-            tensors = subject.low_ranks(rank, split=split).leading(rank)
-            fitted = expand(tensors, Structure.factors(rank, split=split), weight.shape)
-            points.append((subject.low_rank_loss(rank, split=split), self._away(name, weight.clone(), fitted, moments)))
-        return Sensitivity.through(points)
-
-    def _away(self, name: str, weight: Tensor, fitted: Tensor, moments: Moments | None) -> float:
-        """How far the outputs lie from the dense model's with another weight in a layer, and the bias for it."""
-        layer = find_weight(self.dense, name)[0]
-        bias, _ = self.calibration.absorbed(name, layer, self.dense, fitted, moments)
-        before = None if bias is None else layer.get_parameter("bias").detach().clone()
-        try:
-            write_weight(self.dense, name, fitted)
-            absorb(self.dense, name, bias, None)
-            return divergence(self.wanted, outputs(self.dense, self.batches), logits=self.calibration.logits)
-        finally:
-            write_weight(self.dense, name, weight)
-            absorb(self.dense, name, before, None)
 
 
 @dataclass(frozen=True)

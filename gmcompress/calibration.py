@@ -66,8 +66,8 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: boo
             old, new = old[both], new[both]
         if not old.numel():
             continue
-        if logits and _classes_last(old).shape[-1] > 1:
-            old, new = (_classes_last(each.double()).log_softmax(-1).clamp(min=IMPOSSIBLE) for each in (old, new))
+        if logits and classes_last(old).shape[-1] > 1:
+            old, new = (classes_last(each.double()).log_softmax(-1).clamp(min=IMPOSSIBLE) for each in (old, new))
             each = F.kl_div(new, old, log_target=True, reduction="none").where(~old.isnan(), 0.0)
             total, count = total + float(each.sum()), count + len(old)
         else:
@@ -85,7 +85,7 @@ def spread_of(values: Tensor) -> Tensor:  # ()
     return next((each for each in found if each > 1e-20 * size), size if size > 0 else torch.ones_like(size))
 
 
-def _classes_last(values: Tensor) -> Tensor:  # (batch, classes), (batch, tokens, classes), (batch, classes, y, x)
+def classes_last(values: Tensor) -> Tensor:  # (batch, classes), (batch, tokens, classes), (batch, classes, y, x)
     values = values.movedim(1, -1) if values.dim() == 4 else values
     return values.flatten(0, -2) if values.dim() > 1 else values.reshape(1, -1)
 
@@ -117,7 +117,8 @@ def output_gradients(
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack, torch.enable_grad():
         for name in names:
-            stack.callback(model.get_submodule(name).register_forward_hook(_gradient_hook(name, sums)).remove)
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(gradient_hook(_summing(module, name, sums))).remove)
         for whole in batches:
             for inputs in split_batch(whole, BACKWARD):
                 backpropagate(model, inputs, generator, logits=logits)
@@ -150,43 +151,53 @@ class _GradientSums:
         return Gradients(self.moment / size, None if places is None else places / places.mean())
 
 
-def _gradient_hook(name: str, sums: dict[str, _GradientSums]) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, _arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+def _summing(
+    module: nn.Module, name: str, sums: dict[str, _GradientSums]
+) -> Callable[[tuple[Any, ...]], Callable[[Tensor], None]]:
+    def take_in(gradient: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):  # to which an image may come without a batch
+            gradient = (gradient if gradient.dim() == 4 else gradient[None]).movedim(1, -1)
+        sums.setdefault(name, _GradientSums()).add(gradient)
+
+    return lambda _arguments: take_in
+
+
+def gradient_hook(watch: Callable[[tuple[Any, ...]], Callable[[Tensor], None]]) -> Callable[..., Tensor]:
+    """A forward hook that gives the gradient at a layer's output to what `watch` makes of the layer's arguments."""
+
+    def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         if is_functorch_wrapped_tensor(output) or output.is_nested:
             return output
-
-        def take_in(gradient: Tensor) -> None:
-            if isinstance(module, nn.Conv2d):  # to which an image may come without a batch
-                gradient = (gradient if gradient.dim() == 4 else gradient[None]).movedim(1, -1)
-            sums.setdefault(name, _GradientSums()).add(gradient)
-
         if not output.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output.register_hook(take_in)
+        output.register_hook(watch(arguments))
         return output
 
     return hook
 
 
-def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logits: bool) -> None:
-    """The backward pass of `likelihood` of the model's outputs; none where its code lets no gradient through."""
+def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logits: bool) -> Tensor | None:
+    """The outputs, after a backward pass of their `likelihood`; None where the code lets no gradient through."""
     try:
-        score = likelihood(first_output(call(model, inputs)), generator, logits=logits)
+        output = first_output(call(model, inputs))
+        score = likelihood(output, generator, logits=logits)
         if score.requires_grad:
             score.backward()
+            return output.detach()
     except GMError:
         raise
     except Exception as problem:  # of any kind: some code refuses to be differentiated in evaluation mode
         if "out of memory" in str(problem) or "can't allocate" in str(problem):
             raise
+    return None
 
 
 def likelihood(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
     """The log-likelihood of labels drawn from the prediction; for outputs that are no logits a random projection."""
-    if not logits or _classes_last(output).shape[-1] < 2:
+    if not logits or classes_last(output).shape[-1] < 2:
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         return (output * signs).sum()
-    values = _classes_last(output).float().log_softmax(-1)
+    values = classes_last(output).float().log_softmax(-1)
     if values.isnan().any():
         raise GMError("the model's outputs on the calibration data are not finite, so they cannot be compared")
     labels = torch.multinomial(values.detach().exp().cpu(), 1, generator=generator).to(values.device)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
-from gmcompress.allocation import PROBES, Probes, Sensitivity
 from gmcompress.calibration import divergence, outputs
 from gmcompress.candidates import Subject, plain_svd, rank_within
 from gmcompress.factors import Metric
 from gmcompress.layers import GMLayer
+from gmcompress.probes import PROBES, Probe, Probes, Sensitivity
 from gmcompress.reconstruction import calibrate
 from gmcompress.selection import Candidate
 from gmcompress.structure import Structure, expand
@@ -299,7 +299,7 @@ def test_a_probe_takes_its_shift_out_of_the_bias(build: Callable[[], nn.Module],
     layer, before = model.get_submodule(name), state_of(model)
     subject = Subject(layer.weight.detach().double(), known.metric(name, layer, moments))
     model.zero_grad()
-    found = Probes(model, known, 1).measure(name, subject, moments)
+    found = Probes(model, known, 1).measure(name, Probe.of(subject, moments.mean))
     assert_untouched(model, before)
 
     def expected(*, shifted: bool) -> Sensitivity:

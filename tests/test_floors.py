@@ -23,6 +23,7 @@ FLOORS = (
     ("planning", "candidates", "metrics", "tuning", "data", "pages", "sensitivity"),
     ("networks", "commutator", "rehearsal"),
     ("reporting", "reconstruction", "blocks"),
+    ("probes",),
     ("allocation", "freezing"),
     ("jobs",),
     ("pipeline", "storage", "shards"),
