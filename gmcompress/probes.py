@@ -188,7 +188,7 @@ def expected_divergences(
     a random projection. Layers that no gradient reaches, and those of which the inputs are changed by later code, are
     left out.
 
-    Source: Martens 2020, New insights and perspectives on the natural gradient method, section 5, for the expansion.
+    Source: Martens 2020, New insights and perspectives on the natural gradient method, for the expansion.
     """
     changes = {name: _Changes(model.get_submodule(name), each) for name, each in probes.items()}
     generator = torch.Generator().manual_seed(seed)

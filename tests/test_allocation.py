@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
-from gmcompress.calibration import divergence, outputs
-from gmcompress.candidates import Subject, plain_svd, rank_within
+from gmcompress.candidates import Subject, plain_svd
 from gmcompress.factors import Metric
 from gmcompress.layers import GMLayer
-from gmcompress.probes import PROBES, Probe, Probes, Sensitivity
-from gmcompress.reconstruction import calibrate
-from gmcompress.selection import Candidate
-from gmcompress.structure import Structure, expand
+from gmcompress.structure import Structure
 
 
 def perceptron(width: int = 16, depth: int = 3) -> nn.Module:
@@ -269,67 +265,6 @@ def test_no_swap_for_plain_svd_improves_the_plan(seed: int) -> None:
 
     assert_no_swap(gm.plan(model, "C4", budget="60%"))
     must_fail(assert_no_swap, gm.plan(model, "C4", rank=0))
-
-
-def test_sensitivities_are_power_laws() -> None:
-    for scale, exponent in ((2.0, 1.0), (0.3, 0.7), (5.0, 1.9)):
-        points = [(x, scale * x**exponent) for x in (0.02, 0.3)]
-        for given in (points, points[::-1]):
-            found = Sensitivity.through(given)
-            assert_close(found.scale, scale, slack=1e8)
-            assert_close(found.exponent, exponent, slack=1e7)
-        weighed = found.weigh(Candidate("C4", 1, 4, None, 0.1))
-        assert weighed.loss == pytest.approx(scale * 0.1**exponent, rel=1e-4)
-        assert found.weigh(Candidate(None, 1, 4, None, 0.0)).loss == 0
-    steep = Sensitivity.through([(0.1, 1e-6), (0.2, 1.0)])
-    assert steep.exponent == 2
-    for points in ([(0.0, 0.0), (0.0, 0.0)], [(0.5, 0.1), (0.5, 0.1)], [(0.1, 0.5), (0.4, 0.01)]):
-        found = Sensitivity.through(points)
-        assert 0.5 <= found.exponent <= 2
-        assert 0 <= found.scale < float("inf")
-
-
-@pytest.mark.parametrize(("build", "name"), [(perceptron, "2"), (convolutional, "2")], ids=["bias", "norm"])
-def test_a_probe_takes_its_shift_out_of_the_bias(build: Callable[[], nn.Module], name: str) -> None:
-    """As in a compression, but where a BatchNorm takes the shift up, which is left as it is; so is the model."""
-    model = build().eval()
-    x = examples(model, 200) + 3  # so that a low rank of what varies shifts the mean
-    known = calibrate(model, [x], [name], logits=True, macs=1000)
-    moments = known.moments(model, model, [name])[name]
-    layer, before = model.get_submodule(name), state_of(model)
-    subject = Subject(layer.weight.detach().double(), known.metric(name, layer, moments))
-    model.zero_grad()
-    found = Probes(model, known, 1).measure(name, Probe.of(subject, moments.mean))
-    assert_untouched(model, before)
-
-    def expected(*, shifted: bool) -> Sensitivity:
-        points, split = [], layer.weight.dim() == 4
-        for share in PROBES:
-            rank = rank_within(subject.shape, int(share * prod(subject.shape)), grid=None, split=split)
-            fitted = expand(
-                subject.low_ranks(rank, split=split).leading(rank), Structure.factors(rank, split=split), subject.shape
-            )
-            other = build().eval()
-            with torch.no_grad():
-                other.get_submodule(name).weight.copy_(fitted)
-                shift = moments.shift(subject.weight, fitted).float()
-                if shifted and name in known.norms:
-                    other.get_submodule(known.norms[name]).running_mean.add_(shift)
-                elif shifted:
-                    other.get_submodule(name).bias.sub_(shift)
-            away = divergence(outputs(model, [x]), outputs(other, [x]), logits=True)
-            points.append((subject.low_rank_loss(rank, split=split), away))
-        return Sensitivity.through(points)
-
-    def assert_found(wanted: Sensitivity) -> None:
-        assert found.scale == pytest.approx(wanted.scale, rel=1e-3)
-        assert found.exponent == pytest.approx(wanted.exponent, abs=1e-3)
-
-    assert_found(expected(shifted=name not in known.norms))
-    must_fail(assert_found, expected(shifted=name in known.norms))
-
-
-# --------------------------------------------------------------------------------------------------------------- data
 
 
 class Keywords(nn.Module):
