@@ -229,43 +229,49 @@ class _Changes:
 
     def __init__(self, module: nn.Module, probe: Probe) -> None:
         self.module, self.probe = module, probe
-        self.products: list[list[Tensor]] = []  # of one backward pass, by call and rank
-        self.reached, self.changed = False, False
+        self.products: list[list[Tensor]] = []  # ⟨g, δ⟩ of one backward pass, by call and rank, along the first axis
+        self.reached, self.lost = False, False
 
     @property
     def usable(self) -> bool:
-        return self.reached and not self.changed
+        """Whether all gradients came, and the inputs were those that the layer had been given."""
+        return self.reached and not self.lost
 
     def watch(self, arguments: tuple[Any, ...]) -> Callable[[Tensor], None]:
-        """What takes the gradient in at the outputs for these inputs."""
-        given = arguments[0].detach()
-        version = given._version
+        """What takes in the gradient at the outputs for these inputs."""
+        given = arguments[0].detach() if arguments and isinstance(arguments[0], Tensor) else None
+        version = None if given is None else given._version
 
         @torch.no_grad()
         def take_in(gradient: Tensor) -> None:
             self.reached = True
-            if given._version != version:
-                self.changed = True
-            else:
-                self.products.append([gradient * self._change(given, rank) for rank in self.probe.ranks])
+            if given is None or given._version != version:
+                self.lost = True
+            elif given.numel():
+                rows = gradient if gradient.dim() > 1 else gradient[None]
+                changes = (self._change(given, rank).reshape(rows.shape) for rank in self.probe.ranks)
+                self.products.append([(rows * each).flatten(1).sum(1) for each in changes])
 
         return take_in
 
     def _change(self, given: Tensor, rank: int) -> Tensor:
-        """What a low rank adds to the outputs."""
+        """What a low rank adds to the outputs, in float32 at least: it is a small difference."""
         weight = self.module.get_parameter("weight").detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         error = self.probe.fitted(rank, weight) - weight
         shift = self.probe.shift(error)
         bias = None if shift is None else -shift
         if isinstance(self.module, nn.Conv2d):
-            return self.module._conv_forward(given, error, bias)
-        return F.linear(given, error, bias)
+            return self.module._conv_forward(given.to(error), error, bias)
+        return F.linear(given.to(error), error, bias)
 
     def squares(self, examples: int) -> list[float]:
         """The sums over examples of ⟨g, δ⟩² in the last pass, rank by rank; the next one begins."""
         found: list[Tensor] = []
         for call in self.products:
             divided = [each.reshape(examples if len(each) % examples == 0 else 1, -1).sum(1) for each in call]
-            found = [a + b for a, b in zip(found, divided, strict=True)] if found else divided
+            alike = not found or found[0].shape == divided[0].shape
+            found = [a + b for a, b in zip(found, divided, strict=True)] if found and alike else divided
+            self.lost |= not alike
         self.products = []
         return [float(each.double().square().sum()) for each in found] or [0.0] * len(self.probe.ranks)
