@@ -107,7 +107,7 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def decide(layer: nn.Module, given: tuple[Any, ...]) -> None:
             assert isinstance(layer, GMLayer)
-            if layer.is_frozen or not given or not isinstance(given[0], Tensor):
+            if layer.is_frozen or layer.computes_with_others or not given or not isinstance(given[0], Tensor):
                 return
             key = (repr(layer), given[0].shape, given[0].stride(), given[0].dtype, given[0].device)
             if key not in known:

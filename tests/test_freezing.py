@@ -210,6 +210,27 @@ def test_layers_that_are_not_called(monkeypatch):
     assert found["unused"] == Verdict("dense", reason="not called on these inputs")
 
 
+class Ensemble(nn.Module):
+    """Layers whose tensors run stacked through one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([GMLinear(8, 8, "C8") for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tensors, _ = torch.func.stack_module_state(list(self.layers))
+        return torch.vmap(lambda each: torch.func.functional_call(self.layers[0], each, (x,)))(tensors)
+
+
+def test_layers_that_run_with_other_tensors_alone(monkeypatch):
+    asked = times(monkeypatch, 1.0, 0.1)
+    model, x = Ensemble(), torch.randn(2, 8)
+    frozen = gm.freeze(model, inputs=x)
+    assert not asked
+    assert {each.path for each in gm.verdicts(frozen).values()} == {"dense"}
+    assert_close(frozen(x), model(x))
+
+
 def test_results_and_reports(monkeypatch):
     times(monkeypatch, 1.0, 0.1)
     torch.manual_seed(0)

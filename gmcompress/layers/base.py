@@ -220,6 +220,11 @@ class GMLayer(SharingModule):
     def _stored(self) -> list[nn.Parameter]:
         return [each for name in self.PARTS if (each := self._parameters.get(name)) is not None]
 
+    @property
+    def computes_with_others(self) -> bool:
+        """Whether it has other tensors for the time of one call, as `torch.func.functional_call` puts in."""
+        return any(type(each) is not nn.Parameter for each in self._stored())
+
     def _stamps(self) -> tuple[tuple[int, int], ...]:
         return tuple((0 if each.is_inference() else each._version, each.data_ptr()) for each in self._stored())
 
@@ -230,8 +235,8 @@ class GMLayer(SharingModule):
         if self.computes_a_part:
             return None
         if not torch.compiler.is_compiling():
-            if any(type(each) is not nn.Parameter for each in self._stored()):
-                return None  # other tensors for the time of one call, as torch.func.functional_call puts in
+            if self.computes_with_others:
+                return None
             if self._stamp != self._stamps():
                 self.freeze_(self.path, self.verdict)
         return {name[len(READY) :]: each for name, each in self._buffers.items() if name.startswith(READY)}  # type: ignore[misc]
@@ -250,7 +255,7 @@ class GMLayer(SharingModule):
         stored = self._stored()
         if type(given) is not Tensor or is_functorch_wrapped_tensor(given) or given.device.type != "cpu":
             return False
-        if given.is_nested or given.layout != torch.strided or any(type(each) is not nn.Parameter for each in stored):
+        if given.is_nested or given.layout != torch.strided or self.computes_with_others:
             return False
         if torch.is_autocast_enabled("cpu"):
             return True
