@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
+from threading import get_ident
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -137,19 +138,24 @@ def _memory(tensor: Tensor) -> int:
 def watch(model: nn.Module, inputs: Inputs) -> tuple[Counter[str], set[str]] | None:
     """How often each module runs, and which parameters are read; None where the model does not run when watched.
 
+    So it is too where it runs modules in threads of its own, in which no mode sees what is read.
+
     Raises:
         GMError: the model cannot be copied.
     """
     calls: Counter[str] = Counter()
     watched = shell(model)
     count_calls(watched, calls)
-    reads = _Reads(watched)
+    reads, threads = _Reads(watched), {get_ident()}
+    for each in watched.modules():
+        if not isinstance(each, torch.jit.ScriptModule):
+            each.register_forward_pre_hook(lambda *_: threads.add(get_ident()))
     try:
         with reads:
             run(watched, inputs)
     except GMError:  # it ran without, so some operation does not take part in a dispatch mode
         return None
-    return calls, reads.seen
+    return None if len(threads) > 1 else (calls, reads.seen)
 
 
 def _unread(model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> set[str]:

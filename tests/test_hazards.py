@@ -3,6 +3,7 @@
 import math
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -267,3 +268,16 @@ def test_labels_are_read_where_a_model_does_not_run_without_them():
     assert set(result.inputs) == {"x", "labels"}
     beside = [batch | {"decoder_x": batch["x"]}]
     assert set(gm.compress(model, "C4", budget="85%", data=beside, effort=0.1).inputs) == {"x", "decoder_x"}
+
+
+def test_layers_that_run_in_threads_of_their_own():
+    class Threads(Base):
+        def forward(self, x):
+            with ThreadPoolExecutor() as threads:
+                return self.head(sum(threads.map(lambda layer: torch.tanh(layer(x)), [self.body, self.more])))
+
+    model, x = Threads().eval(), torch.randn(8, 8)
+    result = gm.compress(model, "C4", rank=1, inputs=x)
+    assert list(result.plan.layers) == ["body", "more"]
+    assert_close(result.model(x), gm.densify(result.model)(x))
+    assert gm.doctor(model, x, "C4").works
