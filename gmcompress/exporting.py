@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -36,8 +36,8 @@ class Export:
     """What was written, and how near its outputs are to those of the model.
 
     `difference` is the largest absolute difference over the largest output, on random inputs of the sizes in `batches`,
-    on the CPU. `dynamic` says whether the file takes other batch sizes; `notes` why not, and what else is as one might
-    not expect.
+    or those given where the model runs on no random ones, on the CPU. `dynamic` says whether the file takes other batch
+    sizes; `notes` why not, and what else is as one might not expect.
     """
 
     path: str
@@ -141,12 +141,16 @@ def _quietly() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Example:
-    """Example inputs on the CPU, and the batch sizes to check with: two others, or its own twice where it is fixed."""
+    """Example inputs on the CPU, and the batch sizes to check with: two others, or its own twice where it is fixed.
+
+    Where the model runs `alone` on these inputs, whose values say how long or where something is, they are the check.
+    """
 
     inputs: Tensor | tuple[Tensor, ...] | dict[str, Tensor]
     batch: int  # the size of the first axis of those inputs that carry the batch
     batches: tuple[int, ...]
     note: str = ""  # why the batch size is fixed
+    alone: bool = False
 
     @property
     def dynamic(self) -> bool:
@@ -178,6 +182,20 @@ class _Example:
 
         return tree_map(one, self.inputs)
 
+    def checks(self) -> Iterator[tuple[int, Any]]:
+        """The inputs that a file is checked with, each with its batch size."""
+        for seed, size in enumerate(self.batches):
+            yield size, self.inputs if self.alone else self.draw(size, seed=seed + 1)
+
+    def problem(self, model: nn.Module) -> str:
+        """Why a model does not run on what a file is checked with; "" where it does."""
+        try:
+            for _, given in self.checks():
+                run(model, given)
+        except GMError as problem:
+            return str(problem)
+        return ""
+
 
 def _example(model: nn.Module, inputs: Inputs | None) -> _Example:
     """The inputs as an example; the batch is the first size of a first axis at which the model takes others."""
@@ -194,16 +212,16 @@ def _example(model: nn.Module, inputs: Inputs | None) -> _Example:
     reasons = []
     for size in sizes:
         found = _Example(given, size, (1, max(size, 2) + 1))
-        try:
-            for each in found.batches:
-                run(model, found.draw(each))
-        except GMError as problem:
-            reasons.append(str(problem))
-        else:
+        if not (problem := found.problem(model)):
             return found
+        reasons.append(problem)
     first = sizes[0]
-    reason = f"the batch size is fixed to {first}, because the model runs on no other: {reasons[0]}"
-    return _Example(given, first, (first, first), reason)
+    fixed = f"the batch size is fixed to {first}"
+    found = _Example(given, first, (first, first), f"{fixed}, because the model runs on no other: {reasons[0]}")
+    if not (problem := found.problem(model)):
+        return found
+    note = f"{fixed} and the check made on the inputs given, because the model runs on no random ones: {problem}"
+    return replace(found, batches=(first,), note=note, alone=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,8 +349,7 @@ def _tensors(output: Any) -> list[Tensor]:
 def _worst(model: nn.Module, example: _Example, again: Again) -> float:
     """The largest difference of any output, as `difference`; where both draw random numbers, they draw the same."""
     worst = 0.0
-    for seed, size in enumerate(example.batches):
-        given = example.draw(size, seed=seed + 1)
+    for size, given in example.checks():
         wanted = _tensors(run_seeded(model, given))
         try:
             found = again(given)

@@ -179,6 +179,23 @@ def test_a_model_that_fixes_its_batch_is_exported_so_and_says_it(model, reason, 
     assert found.notes[0] in str(found)
 
 
+class Bags(nn.Module):
+    """Takes places in its first input, of which not all values will do."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.EmbeddingBag(12, 8), gm.GMLinear(8, 8, "C4", rank=1)
+
+    def forward(self, words, starts):
+        return self.body(self.table(words, starts))
+
+
+def test_a_model_that_runs_on_no_random_inputs_is_checked_on_those_given(tmp_path):
+    found = gm.export(Bags(), tmp_path / "small.safetensors", [torch.arange(7), torch.tensor([0, 3])], format="dense")
+    assert found.batches == (7,)
+    assert "the check made on the inputs given, because the model runs on no random ones" in found.notes[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused leaves everything as it was
 
