@@ -165,6 +165,7 @@ def test_the_loss_of_single_and_other_outputs(generator):
     ("labels", "message"),
     [
         (torch.tensor([0, 3, 0]), "do not fit outputs of 3 classes"),
+        (torch.ones(3, 3).long(), "labels of one number for each output are of floating point"),
         (torch.rand(3), r"labels of shape \(3,\) do not fit outputs of shape \(3, 3\)"),
     ],
 )

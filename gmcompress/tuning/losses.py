@@ -118,6 +118,8 @@ def _class_axis(found: Tensor, labels: Tensor | None) -> int:
         return -1
     if labels.shape == (found.shape[0], *found.shape[2:]):
         return 1
+    if labels.shape == found.shape:
+        raise GMError("labels of one number for each output are of floating point; integers name one class each")
     raise GMError(f"labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(found.shape)}")
 
 
