@@ -217,7 +217,7 @@ class _Descent:
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=count + 1, pct_start=0.1)
         order: list[int] = []
         for _ in range(count):
-            order = order or torch.randperm(len(self.used), generator=self.generator).tolist()
+            order = order or torch.randperm(len(self.used), generator=self.generator, device="cpu").tolist()
             optimizer.zero_grad()
             self.measure(self.block, self.used[order.pop()]).backward()
             optimizer.step()

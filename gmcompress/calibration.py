@@ -138,7 +138,7 @@ class _GradientSums:
         gradient = gradient.float()
         moment = gram_matrix(gradient.flatten(0, -2)).double()
         self.moment = moment if self.moment is None else self.moment + moment
-        squares = gradient.square().sum((0, -1)) if gradient.dim() > 2 else torch.zeros(())
+        squares = gradient.square().sum((0, -1)) if gradient.dim() > 2 else gradient.new_zeros(())
         self.uneven |= self.places is not None and self.places.shape != squares.shape
         self.places = squares if self.places is None or self.uneven else self.places + squares
 
@@ -195,7 +195,7 @@ def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, 
 def likelihood(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
     """The log-likelihood of labels drawn from the prediction; for outputs that are no logits a random projection."""
     if not logits or classes_last(output).shape[-1] < 2:
-        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        signs = torch.randint(0, 2, output.shape, generator=generator, device="cpu").to(output) * 2 - 1
         return (output * signs).sum()
     values = classes_last(output).float().log_softmax(-1)
     if values.isnan().any():

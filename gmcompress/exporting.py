@@ -176,9 +176,9 @@ class _Example:
             if each.is_floating_point():
                 wide = each.double()
                 spread = float(wide.std(correction=0)) or 1.0
-                return (wide.mean() + spread * torch.randn(shape, generator=generator)).to(each.dtype)
+                return (wide.mean() + spread * torch.randn(shape, generator=generator, device="cpu")).to(each.dtype)
             low, high = int(each.min()), int(each.max())
-            return torch.randint(low, high + 1, shape, generator=generator).to(each.dtype)
+            return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(each.dtype)
 
         return tree_map(one, self.inputs)
 

@@ -166,7 +166,7 @@ class _GroupPart:
         generator, found = torch.Generator().manual_seed(0), {}
         for name in self.names:
             zeros = {each: torch.zeros_like(x[each]) for each in self.names}
-            probe = torch.randn(x[name].shape, generator=generator, dtype=torch.float64).to(x[name])
+            probe = torch.randn(x[name].shape, generator=generator, dtype=torch.float64, device="cpu").to(x[name])
             moved = self.jvp(x, zeros | {name: probe}).flatten(1)
             size = float((moved * self.metric.apply(moved)).sum()) / probe.numel()
             found[name] = max(size, torch.finfo(probe.dtype).tiny)

@@ -96,13 +96,14 @@ def fourier(group: Group) -> Fourier:
     """
     if group.order > MAX_AXIS:
         raise GMError(f"{group}: the Fourier basis of a group that is no product is limited to order {MAX_AXIS}")
-    factors = group.factors or (group,)
-    if all(np.array_equal(each.table, cyclic(each.order).table) for each in factors):
-        return _of_characters([each.order for each in factors])
-    for attempt in range(ATTEMPTS):
-        found = _of_subspaces(group, torch.Generator().manual_seed(attempt))
-        if found is not None and defect(found, group) < EXACT:
-            return found
+    with torch.device("cpu"):  # whatever torch's default is
+        factors = group.factors or (group,)
+        if all(np.array_equal(each.table, cyclic(each.order).table) for each in factors):
+            return _of_characters([each.order for each in factors])
+        for attempt in range(ATTEMPTS):
+            found = _of_subspaces(group, torch.Generator().manual_seed(attempt))
+            if found is not None and defect(found, group) < EXACT:
+                return found
     raise AssertionError(f"no Fourier basis was found for {group}")
 
 

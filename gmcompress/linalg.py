@@ -82,7 +82,9 @@ def _leading_values(gram: Tensor, rank: int) -> Tensor | None:  # (b, n, n), on 
     """The largest eigenvalues by Lanczos iteration; None where it does not converge, or for a matrix of zeros."""
     from scipy.sparse.linalg import ArpackError, eigsh
 
-    start = torch.randn(gram.shape[-1], generator=torch.Generator().manual_seed(0), dtype=gram.dtype).numpy()
+    start = torch.randn(
+        gram.shape[-1], generator=torch.Generator().manual_seed(0), dtype=gram.dtype, device="cpu"
+    ).numpy()
     options: dict[str, Any] = {"tol": 1e-6, "v0": start, "return_eigenvectors": False}
     try:
         return torch.stack([torch.from_numpy(eigsh(each.numpy(), rank, **options)) for each in gram])

@@ -216,7 +216,7 @@ class _Sums:
 
     def __init__(self, module: nn.Module, batches: int, places: Tensor | None, *, crossed: bool) -> None:
         self.module, self.batches, self.crossed = module, batches, crossed
-        self.places = torch.ones(1) if places is None else places.cpu()
+        self.places = torch.ones(1, device="cpu") if places is None else places.cpu()
         self.groups = getattr(module, "groups", 1)
         self.size = module.get_parameter("weight")[0].numel()
         self.weights = [0.0, 0.0] if crossed else [0.0]  # of the vectors, summed, and their squares
@@ -269,11 +269,13 @@ class _Sums:
         Those drawn are drawn at random, in proportion to the weights of their places: as often as drawn they count.
         """
         count, limit = len(vectors), self._limit()
-        places = torch.ones(1) if count % len(self.places) else self.places  # alike in other than whole examples
+        places = (
+            self.places.new_ones(1) if count % len(self.places) else self.places
+        )  # alike in other than whole examples
         if count <= limit:
             return vectors, places.repeat(count // len(places)).to(vectors.device)[:, None]
         generator = torch.Generator().manual_seed(seed)
-        examples = torch.randint(count // len(places), (limit,), generator=generator) * len(places)
+        examples = torch.randint(count // len(places), (limit,), generator=generator, device="cpu") * len(places)
         drawn = torch.multinomial(places, limit, replacement=True, generator=generator)
         index, times = (examples + drawn).unique(return_counts=True)
         return vectors[index.to(vectors.device)], times.to(vectors.device, torch.float32)[:, None]
@@ -315,9 +317,11 @@ def _windows(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, Tensor]:  
     """
     batch, _, *sides = shape
     axes = zip(sides, layer.kernel_size, layer.dilation, layer.stride, strict=True)
-    downs, rights = (torch.arange(0, side - (k - 1) * apart, step) for side, k, apart, step in axes)
-    down, right = (torch.arange(k) * apart for k, apart in zip(layer.kernel_size, layer.dilation, strict=True))
-    example = torch.arange(batch) * sides[0] * sides[1]
+    downs, rights = (torch.arange(0, side - (k - 1) * apart, step, device="cpu") for side, k, apart, step in axes)
+    down, right = (
+        torch.arange(k, device="cpu") * apart for k, apart in zip(layer.kernel_size, layer.dilation, strict=True)
+    )
+    example = torch.arange(batch, device="cpu") * sides[0] * sides[1]
     corners = example[:, None, None] + downs[:, None] * sides[1] + rights
     return corners.flatten(), (down[:, None] * sides[1] + right).flatten()
 

@@ -111,8 +111,9 @@ class Layout:
 def layout_of(group: Group) -> Layout:
     """How the coefficients of a group are ordered; the same at every call."""
     axes = fourier_axes(group)
-    lengths, families = tuple(axis.order for axis in axes), [_families(axis) for axis in axes]
-    combinations = tuple(_Combination(each, lengths) for each in itertools.product(*families))
+    with torch.device("cpu"):  # whatever torch's default is
+        lengths, families = tuple(axis.order for axis in axes), [_families(axis) for axis in axes]
+        combinations = tuple(_Combination(each, lengths) for each in itertools.product(*families))
     return Layout(lengths, tuple(len(each) for each in families), combinations)
 
 

@@ -125,7 +125,8 @@ def calibrate(
     found = output_gradients(dense, few, names, logits=logits, seed=seed)
     damped, places, seen = {}, {}, sum(count_examples(each) for each in few)
     for name, each in found.items():
-        eye, damping = torch.eye(len(each.moment)).to(each.moment), OUTPUT_DAMPING + len(each.moment) / seen
+        eye = torch.eye(len(each.moment), dtype=each.moment.dtype, device=each.moment.device)
+        damping = OUTPUT_DAMPING + len(each.moment) / seen
         damped[name] = (each.moment + damping * eye) / (1 + damping)
         if each.places is not None:
             places[name] = (each.places + PLACE_DAMPING) / (1 + PLACE_DAMPING)

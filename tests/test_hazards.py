@@ -281,3 +281,19 @@ def test_layers_that_run_in_threads_of_their_own():
     assert list(result.plan.layers) == ["body", "more"]
     assert_close(result.model(x), gm.densify(result.model)(x))
     assert gm.doctor(model, x, "C4").works
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"budget": "75%", "effort": 0.1}], ids=["rank", "data"])
+def test_torch_may_make_tensors_elsewhere_by_default(options, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(8, 8, 6, 6)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.Flatten(), nn.Linear(16, 3))
+    if "budget" in options:
+        options = options | {"data": [images]}
+    with torch.device("meta"):  # as a GPU that torch.set_default_device names
+        result = gm.compress(model, "D4", inputs=images, **options)
+        for path in ("structured", "dense", "auto"):
+            assert_close(gm.freeze(result.model, path, inputs=images)(images), gm.densify(result.model)(images))
+        gm.export(result, tmp_path / "small.safetensors", format="dense")
+        gm.save(result, tmp_path / "small")
+        gm.load(tmp_path / "small", model)
