@@ -109,7 +109,9 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
             assert isinstance(layer, GMLayer)
             if layer.is_frozen or layer.computes_with_others or not given or not isinstance(given[0], Tensor):
                 return
-            key = (repr(layer), given[0].shape, given[0].stride(), given[0].dtype, given[0].device)
+            usual = given[0].layout is torch.strided and not given[0].is_nested
+            form = (given[0].shape, given[0].stride()) if usual else id(layer)  # others have none
+            key = (repr(layer), form, given[0].dtype, given[0].device)
             if key not in known:
                 known[key] = (name, _compare(layer, given[0], repeats))
                 layer.verdict = known[key][1]

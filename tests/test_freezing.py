@@ -231,6 +231,18 @@ def test_layers_that_run_with_other_tensors_alone(monkeypatch):
     assert_close(frozen(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_sentences_of_several_lengths():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.arange(5).expand(2, 5) >= torch.tensor([[3], [5]])
+    result = gm.compress(encoder, "C4", rank=1, inputs={"src": x, "src_key_padding_mask": padding})
+    frozen = gm.freeze(result)  # torch makes of the two one nested tensor
+    assert "does not run here" in gm.verdicts(frozen)["layers.0.linear1"].reason
+    with torch.no_grad():
+        assert_close(frozen.model(x, src_key_padding_mask=padding), result.model(x, src_key_padding_mask=padding))
+
+
 def test_results_and_reports(monkeypatch):
     times(monkeypatch, 1.0, 0.1)
     torch.manual_seed(0)
