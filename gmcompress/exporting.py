@@ -172,6 +172,8 @@ class _Example:
         generator = torch.Generator().manual_seed(seed)
 
         def one(each: Tensor) -> Tensor:
+            if each.layout is not torch.strided:  # sparse ones, as of a graph, stay as they are
+                return each
             shape = (size, *each.shape[1:]) if self.carries(each) else each.shape
             if each.is_floating_point():
                 wide = each.double()

@@ -196,6 +196,23 @@ def test_a_model_that_runs_on_no_random_inputs_is_checked_on_those_given(tmp_pat
     assert "the check made on the inputs given, because the model runs on no random ones" in found.notes[0]
 
 
+class Graph(Fixed):
+    """Takes the links of a graph as a sparse matrix."""
+
+    def forward(self, x, links):
+        return torch.sparse.mm(links, self.body(x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_inputs(tmp_path):
+    given = [torch.randn(4, 8), torch.eye(4)]
+    for sparse in (torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr):
+        found = gm.export(Graph(), tmp_path / "small.safetensors", [given[0], sparse(given[1])], format="dense")
+        assert found.batches == (4, 4)
+        with pytest.raises(gm.GMError, match="cannot"):
+            gm.export(Graph(), tmp_path / "small.onnx", [given[0], sparse(given[1])])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused leaves everything as it was
 
