@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from .errors import GMError
-from .nesting import describe
+from .nesting import describe, is_ragged
 from .surgery import Inputs
 
 SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
@@ -69,7 +69,7 @@ def take(
         if labels and isinstance(batch, Mapping) and isinstance(inputs, dict) and "labels" in batch:
             inputs["labels"] = moved(batch["labels"], device)
         tensors = _tensors(inputs)
-        if not any(each.dim() and len(each) for each in tensors):
+        if any(map(is_ragged, tensors)) or not any(each.dim() and len(each) for each in tensors):
             raise GMError(f"a batch of calibration data holds examples along its first axis, not {describe(inputs)}")
         inputs = first_of(inputs, samples - count)
         found.append(inputs)

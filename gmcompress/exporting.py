@@ -199,6 +199,10 @@ class _Example:
         return ""
 
 
+def _is_real(each: Any) -> bool:
+    return isinstance(each, Tensor) and bool(each.numel()) and not each.is_complex() and not each.is_nested
+
+
 def _example(model: nn.Module, inputs: Inputs | None) -> _Example:
     """The inputs as an example; the batch is the first size of a first axis at which the model takes others."""
     if inputs is None:
@@ -206,7 +210,7 @@ def _example(model: nn.Module, inputs: Inputs | None) -> _Example:
     given: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
     given = tuple(given) if isinstance(given, list) else given
     tensors = list(given.values()) if isinstance(given, dict) else list(given) if isinstance(given, tuple) else [given]
-    if not tensors or not all(isinstance(each, Tensor) and each.numel() and not each.is_complex() for each in tensors):
+    if not tensors or not all(map(_is_real, tensors)):
         raise GMError(f"inputs of an export are tensors of real numbers, none of them empty, not {describe(inputs)}")
     given = tree_map(lambda each: each.detach().cpu(), given)
     run(model, given)

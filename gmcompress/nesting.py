@@ -60,12 +60,17 @@ def describe(inputs: Any) -> str:
     '{x: (1, 3)}'
     """
     if isinstance(inputs, Tensor):
-        return str(tuple(inputs.shape))
+        return f"nested {describe(inputs.unbind())}" if is_ragged(inputs) else str(tuple(inputs.shape))
     if isinstance(inputs, Mapping):
         return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in inputs.items()) + "}"
     if isinstance(inputs, list | tuple):
         return "[" + ", ".join(map(describe, inputs)) + "]"
     return type(inputs).__name__
+
+
+def is_ragged(tensor: Tensor) -> bool:
+    """Whether it is a nested tensor that has no shape, as those of the older of torch's two kinds."""
+    return tensor.is_nested and tensor.layout is torch.strided
 
 
 def floating(outputs: Any) -> list[Tensor]:

@@ -340,6 +340,8 @@ def agree(found: Any, expected: Any) -> bool:
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
+    if found.is_nested and expected.is_nested:
+        found, expected = (each.to_padded_tensor(0.0) for each in (found, expected))
     if found.dtype != expected.dtype or found.layout is not torch.strided or not expected.dtype.is_floating_point:
         return found.dtype == expected.dtype  # labels and the like, which follow from the rest
     finite = torch.isfinite(expected)

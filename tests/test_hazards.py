@@ -165,6 +165,23 @@ def test_sparse_and_nested_tensors_on_the_way(where):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nested_inputs_and_outputs(tmp_path):
+    class Model(Base):
+        def forward(self, x):
+            return self.head(torch.relu(self.more(torch.relu(self.body(x)))))
+
+    torch.manual_seed(0)
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    result = gm.compress(Model().eval(), "C4", rank=1, inputs=x)
+    assert list(result.plan.layers) == ["body", "more"]
+    assert_close(*(run(each, x).to_padded_tensor(0.0) for each in (result.model, gm.densify(result.model))))
+    with pytest.raises(gm.GMError, match=r"not nested \[\(3, 8\), \(5, 8\)\]"):
+        gm.compress(Model(), "C4", data=[x])
+    with pytest.raises(gm.GMError, match=r"not nested \[\(3, 8\), \(5, 8\)\]"):
+        gm.export(result, tmp_path / "small.safetensors", format="dense")
+
+
 def test_a_model_that_turns_gradients_off_is_not_tuned():
     class Still(Base):
         @torch.no_grad()
