@@ -18,15 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .batches import count_examples, first_examples, split_batch
-from .calibration import (
-    BACKWARD,
-    backpropagate,
-    classes_last,
-    divergence,
-    gradient_hook,
-    outputs,
-    spread_of,
-)
+from .calibration import BACKWARD, backpropagate, classes_last, divergence, gradient_hook, outputs, spread_of
 from .candidates import Subject, rank_within
 from .factors import Tensors, views_of
 from .plain import is_plain
@@ -91,9 +83,10 @@ class Probe:
         shares = (rank_within(subject.shape, int(share * size), grid=None, split=split) for share in PROBES)
         ranks = tuple(max(1, each) for each in shares)
         losses = tuple(subject.low_rank_loss(each, split=split) for each in ranks)
-        tensors = {key: each.float() for key, each in subject.low_ranks(max(ranks), split=split).tensors.items()}
-        known = {"left": tensors["left"][..., : max(ranks)].clone(), "right": tensors["right"][: max(ranks)].clone()}
-        return cls(ranks, losses, split, known, None if mean is None else mean.float())
+        leading = subject.low_ranks(max(ranks), split=split).leading(max(ranks))
+        dtype = torch.float64 if subject.itemsize == 8 else torch.float32
+        tensors = {key: each.to(dtype, copy=True) for key, each in leading.items()}
+        return cls(ranks, losses, split, tensors, None if mean is None else mean.to(dtype))
 
     @classmethod
     def from_notes(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Probe:
