@@ -66,7 +66,7 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor], *, logits: boo
             old, new = old[both], new[both]
         if not old.numel():
             continue
-        if logits and classes_last(old).shape[-1] > 1:
+        if logits and are_classes(old):
             old, new = (classes_last(each.double()).log_softmax(-1).clamp(min=IMPOSSIBLE) for each in (old, new))
             each = F.kl_div(new, old, log_target=True, reduction="none").where(~old.isnan(), 0.0)
             total, count = total + float(each.sum()), count + len(old)
@@ -83,6 +83,11 @@ def spread_of(values: Tensor) -> Tensor:  # ()
     size = values.square().mean()
     found = ((values - mean).square().mean() for mean in (values.mean(0), values.mean()))
     return next((each for each in found if each > 1e-20 * size), size if size > 0 else torch.ones_like(size))
+
+
+def are_classes(values: Tensor) -> bool:
+    """Whether logits are of two classes or more, so that they have a distribution."""
+    return classes_last(values).shape[-1] > 1
 
 
 def classes_last(values: Tensor) -> Tensor:  # (batch, classes), (batch, tokens, classes), (batch, classes, y, x)
@@ -168,12 +173,18 @@ def gradient_hook(watch: Callable[[tuple[Any, ...]], Callable[[Tensor], None]]) 
     def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         if is_functorch_wrapped_tensor(output) or output.is_nested:
             return output
-        if not output.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        output = differentiable(output)
         output.register_hook(watch(arguments))
         return output
 
     return hook
+
+
+def differentiable(output: Tensor) -> Tensor:
+    """The output; where weights are frozen a graph begins here, on a tensor that may be changed in place."""
+    if output.requires_grad:
+        return output
+    return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
 
 
 def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logits: bool) -> Tensor | None:
@@ -194,7 +205,7 @@ def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, 
 
 def likelihood(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
     """The log-likelihood of labels drawn from the prediction; for outputs that are no logits a random projection."""
-    if not logits or classes_last(output).shape[-1] < 2:
+    if not (logits and are_classes(output)):
         signs = torch.randint(0, 2, output.shape, generator=generator, device="cpu").to(output) * 2 - 1
         return (output * signs).sum()
     values = classes_last(output).float().log_softmax(-1)

@@ -27,13 +27,18 @@ class LowRanks:
 
     def leading(self, rank: int) -> Tensors:
         """The tensors of a lower rank."""
-        return {"left": self.tensors["left"][..., :rank], "right": self.tensors["right"][:rank]}
+        return leading(self.tensors, rank)
 
     def as_adapted(self, structure: Structure) -> Tensors:
         """The low rank of an adapted structure's rank as one of that structure: all scales are 1."""
         assert structure.grid is not None, "adapted bases have blocks"
         left = self.tensors["left"]
         return {**self.leading(structure.lowrank), "scales": left.new_ones(*structure.grid, structure.lowrank)}
+
+
+def leading(tensors: Tensors, rank: int) -> Tensors:
+    """The part of a low rank's tensors that is a lower one."""
+    return {"left": tensors["left"][..., :rank], "right": tensors["right"][:rank]}
 
 
 def low_ranks(weight: Tensor, metric: Metric, rank: int, *, split: bool) -> LowRanks:

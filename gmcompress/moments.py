@@ -103,10 +103,12 @@ class Moments:
 
     def shift(self, dense: Tensor, fitted: Tensor) -> Tensor:  # weights -> (rows)
         """By how much the mean output of the fitted weight lies above that of the dense one."""
-        groups, m = self.inputs.shape[:2]
-        new = fitted.reshape(groups, -1, m) @ self.mean[:, :, None]
-        old = dense.reshape(groups, -1, m) @ self.dense_mean[:, :, None]
-        return (new - old).flatten()
+        return mean_output(fitted, self.mean) - mean_output(dense, self.dense_mean)
+
+
+def mean_output(weight: Tensor, mean: Tensor) -> Tensor:  # (rows, columns, *taps), (conv_groups, m) -> (rows)
+    """What a weight makes of the mean of its inputs."""
+    return (weight.reshape(len(mean), -1, mean.shape[1]) @ mean[:, :, None]).flatten()
 
 
 class _Stop(BaseException):  # the way out of a forward pass once its last layer was seen; no model catches it
@@ -269,9 +271,8 @@ class _Sums:
         Those drawn are drawn at random, in proportion to the weights of their places: as often as drawn they count.
         """
         count, limit = len(vectors), self._limit()
-        places = (
-            self.places.new_ones(1) if count % len(self.places) else self.places
-        )  # alike in other than whole examples
+        uneven = count % len(self.places)  # other than whole examples, in which all count alike
+        places = self.places.new_ones(1) if uneven else self.places
         if count <= limit:
             return vectors, places.repeat(count // len(places)).to(vectors.device)[:, None]
         generator = torch.Generator().manual_seed(seed)

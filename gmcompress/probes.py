@@ -18,9 +18,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .batches import count_examples, first_examples, split_batch
-from .calibration import BACKWARD, backpropagate, classes_last, divergence, gradient_hook, outputs, spread_of
+from .calibration import (
+    BACKWARD,
+    are_classes,
+    backpropagate,
+    classes_last,
+    divergence,
+    gradient_hook,
+    outputs,
+    spread_of,
+)
 from .candidates import Subject, rank_within
 from .factors import Tensors, views_of
+from .lowranks import leading
+from .moments import mean_output
 from .plain import is_plain
 from .reconstruction import Calibration, absorb
 from .selection import Candidate
@@ -83,9 +94,9 @@ class Probe:
         shares = (rank_within(subject.shape, int(share * size), grid=None, split=split) for share in PROBES)
         ranks = tuple(max(1, each) for each in shares)
         losses = tuple(subject.low_rank_loss(each, split=split) for each in ranks)
-        leading = subject.low_ranks(max(ranks), split=split).leading(max(ranks))
+        largest = subject.low_ranks(max(ranks), split=split).leading(max(ranks))
         dtype = torch.float64 if subject.itemsize == 8 else torch.float32
-        tensors = {key: each.to(dtype, copy=True) for key, each in leading.items()}
+        tensors = {key: each.to(dtype, copy=True) for key, each in largest.items()}
         return cls(ranks, losses, split, tensors, None if mean is None else mean.to(dtype))
 
     @classmethod
@@ -101,15 +112,12 @@ class Probe:
 
     def fitted(self, rank: int, weight: Tensor) -> Tensor:
         """A low rank in place of the weight."""
-        leading = {"left": self.tensors["left"][..., :rank], "right": self.tensors["right"][:rank]}
-        leading = {key: each.to(weight) for key, each in leading.items()}
-        return expand(leading, Structure.factors(rank, split=self.split), tuple(weight.shape))
+        tensors = {key: each.to(weight) for key, each in leading(self.tensors, rank).items()}
+        return expand(tensors, Structure.factors(rank, split=self.split), tuple(weight.shape))
 
     def shift(self, error: Tensor) -> Tensor | None:  # of the weight's shape -> (rows)
         """What an error adds to the mean output, where that is taken up."""
-        if self.mean is None:
-            return None
-        return (error.reshape(len(self.mean), -1, self.mean.shape[1]) @ self.mean.to(error)[:, :, None]).flatten()
+        return None if self.mean is None else mean_output(error, self.mean.to(error))
 
     def sensitivity(self, divergences: Sequence[float]) -> Sensitivity:
         """From the divergence that each of the low ranks causes."""
@@ -192,29 +200,20 @@ def expected_divergences(
             stack.callback(each.module.register_forward_hook(gradient_hook(each.watch)).remove)
         for inputs in (piece for whole in batches for piece in split_batch(whole, BACKWARD)):
             output, examples = backpropagate(model, inputs, generator, logits=logits), count_examples(inputs)
+            rows, unit = (0, 0.0) if output is None else _units(output, logits=logits)
             for name, each in changes.items():
-                squares = each.squares(examples)
-                if output is not None:
-                    totals[name] = [
-                        a + _unit(output, logits=logits) * b for a, b in zip(totals[name], squares, strict=True)
-                    ]
-            count += 0 if output is None else _rows(output, logits=logits)
+                totals[name] = [a + unit * b for a, b in zip(totals[name], each.squares(examples), strict=True)]
+            count += rows
     means = {name: [each / max(1, count) for each in found] for name, found in totals.items() if changes[name].usable}
     return {name: found for name, found in means.items() if all(0 < each < math.inf for each in found)}
 
 
-def _rows(output: Tensor, *, logits: bool) -> int:
-    """Over how many `divergence` takes the mean: rows of classes, or examples."""
-    rows = classes_last(output)
-    return len(rows) if logits and rows.shape[-1] > 1 else (len(output) if output.dim() else 1)
-
-
-def _unit(output: Tensor, *, logits: bool) -> float:
-    """What ⟨g, δ⟩² of one example adds to the sum of divergences of a batch."""
-    if logits and classes_last(output).shape[-1] > 1:
-        return 0.5
+def _units(output: Tensor, *, logits: bool) -> tuple[int, float]:
+    """Over how many rows or examples `divergence` takes the mean, and what an example's ⟨g, δ⟩² adds to their sum."""
+    if logits and are_classes(output):
+        return len(classes_last(output)), 0.5
     examples = len(output) if output.dim() else 1
-    return examples / (output.numel() * float(spread_of(output.double())))
+    return examples, examples / (output.numel() * float(spread_of(output.double())))
 
 
 class _Changes:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .calibration import backpropagate
+from .calibration import backpropagate, differentiable
 from .copies import parameters_of
 from .nesting import floating
 from .surgery import Inputs
@@ -80,10 +80,8 @@ def _hook(name: str, totals: dict[int, Tensor], uneven: set[str]) -> Callable[..
 
             if is_functorch_wrapped_tensor(each):
                 continue
-            begun = each
-            if not each.requires_grad:  # frozen weights: a graph begins here, on a tensor that may be changed in place
-                begun = each + torch.zeros((), dtype=each.dtype, device=each.device, requires_grad=True)
-                leaves = [begun if leaf is each else leaf for leaf in leaves]
+            begun = differentiable(each)
+            leaves = [begun if leaf is each else leaf for leaf in leaves]
             begun.register_hook(take_in)
         return tree_unflatten(leaves, form)
 

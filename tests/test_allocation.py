@@ -267,6 +267,9 @@ def test_no_swap_for_plain_svd_improves_the_plan(seed: int) -> None:
     must_fail(assert_no_swap, gm.plan(model, "C4", rank=0))
 
 
+# --------------------------------------------------------------------------------------------------------------- data
+
+
 class Keywords(nn.Module):
     """Takes its inputs by name."""
 

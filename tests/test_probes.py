@@ -76,9 +76,6 @@ def test_a_probe_takes_its_shift_out_of_the_bias(build: Callable[[], nn.Module],
     must_fail(assert_found, expected(shifted=name in known.norms))
 
 
-# --------------------------------------------------------------------------------------------------------------- data
-
-
 # ----------------------------------------------------------------------------------------------------- by the gradients
 
 
