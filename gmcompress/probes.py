@@ -199,8 +199,8 @@ def expected_divergences(
         for each in changes.values():
             stack.callback(each.module.register_forward_hook(gradient_hook(each.watch)).remove)
         for inputs in (piece for whole in batches for piece in split_batch(whole, BACKWARD)):
-            output, examples = backpropagate(model, inputs, generator, logits=logits), count_examples(inputs)
-            rows, unit = (0, 0.0) if output is None else _units(output, logits=logits)
+            output, examples = backpropagate(model, inputs, generator, logits=logits), max(1, count_examples(inputs))
+            rows, unit = (0, 0.0) if output is None or not output.numel() else _units(output, logits=logits)
             for name, each in changes.items():
                 totals[name] = [a + unit * b for a, b in zip(totals[name], each.squares(examples), strict=True)]
             count += rows

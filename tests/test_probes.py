@@ -176,3 +176,23 @@ def test_where_gradients_do_not_tell_the_model_is_run() -> None:
     assert found["cut"] == work.measure("cut", probes["cut"])
     assert found["first"] != work.measure("first", probes["first"])
     assert found["first"].scale == pytest.approx(work.measure("first", probes["first"]).scale, rel=0.5)
+
+
+def test_batches_without_any_output_tell_nothing() -> None:
+    """As those in which a detector finds no boxes."""
+
+    class Finds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.body(x)
+            return found[x[:, 0] > 0]
+
+    torch.manual_seed(0)
+    model, x = Finds().eval().requires_grad_(False), torch.randn(32, 4).abs()
+    probes = {"body": Probe.of(Subject(model.body.weight.detach().double(), Metric()), None)}
+    found = expected_divergences(model, [x, -x], probes, logits=False)
+    assert found == expected_divergences(model, [x], probes, logits=False)
+    assert expected_divergences(model, [-x], probes, logits=False) == {}
