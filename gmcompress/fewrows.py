@@ -2,7 +2,8 @@
 
 With a single input a product of group matrices takes less time than the calls that lead to it, and a batch of small
 matrices times vectors is slow. So bases and spectra are kept in an order in which the frequencies are the last axis:
-no step moves single numbers, and the irreducible blocks are applied by an elementwise product that is summed up.
+no step moves single numbers, none of a single input moves anything, and the irreducible blocks are applied by an
+elementwise product that is summed up.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 ROWS = 4  # inputs, at most: with more, matrix products are faster
 LARGEST = 1 << 18  # entries of the spectra, at most: larger ones do not stay in the cache, and time is that of reading
 BASES = ("few_basis0", "few_basis1")
-SPECTRUM = "few_spectrum"
+SPECTRUM, GATES = "few_spectrum", "few_gates"
 
 
 def prepare_few(
@@ -24,45 +25,74 @@ def prepare_few(
     counts: Sequence[int],  # of irreducibles, by axis
     sizes: Sequence[int],  # of an irreducible, by axis
 ) -> dict[str, Tensor]:
-    """Bases and spectra with the frequencies last; nothing where matrix products are the better way.
+    """Bases, spectra and gates with the frequencies last; nothing where matrix products are the better way.
 
-    `few_basis0`, … are (n, n), their columns (size, count) where those of the given ones are (count, size);
-    `few_spectrum` is (o·(1+r)·D, i·D, M).
+    `few_basis0` is (n, n), its columns (size, count) where those of the given one are (count, size); `few_basis1`, of
+    a second axis, is (size, count, m). `few_spectrum` is (size1·i·size0, 1, size1·(1+r)·o·size0, M), the axis of the
+    sum in front, and `few_gates` (r, o·n).
     """
     spectrum = ready["spectrum0"]  # (M, D·o·(1+r), D·i)
     linear = spectrum.dim() == 3 and len(counts) <= len(BASES)
     if not linear or spectrum.numel() > LARGEST or spectrum.dtype not in (torch.float32, torch.float64):
         return {}
-    found = {}
-    for number, (count, size) in enumerate(zip(counts, sizes, strict=True)):
-        basis = ready[f"basis{number}"]
-        found[BASES[number]] = basis.unflatten(1, (count, size)).transpose(1, 2).flatten(1).contiguous()
-    axes, size = len(counts), prod(sizes)
-    apart = spectrum.reshape(*counts, *sizes, spectrum.shape[1] // size, *sizes, spectrum.shape[2] // size)
-    outputs, inputs = [2 * axes, *range(axes, 2 * axes)], [3 * axes + 1, *range(2 * axes + 1, 3 * axes + 1)]
-    moved = apart.permute(*outputs, *inputs, *range(axes))
-    found[SPECTRUM] = moved.reshape(spectrum.shape[1], spectrum.shape[2], spectrum.shape[0])
+    apart = [
+        ready[f"basis{number}"].unflatten(1, each) for number, each in enumerate(zip(counts, sizes, strict=True))
+    ]  # (n, count, size)
+    found = {BASES[0]: apart[0].transpose(1, 2).flatten(1).contiguous()}
+    if len(counts) > 1:
+        found[BASES[1]] = apart[1].permute(2, 1, 0).contiguous()
+    axes, size, more = len(counts), prod(sizes), 1
+    if "gates" in ready:
+        gates = ready["gates"].detach()  # (o, r, n)
+        found[GATES], more = gates.transpose(0, 1).flatten(1).contiguous(), 1 + gates.shape[1]
+    split = spectrum.reshape(*counts, *sizes, -1, more, *sizes, spectrum.shape[2] // size)
+    outputs, o, inputs = range(axes, 2 * axes), 2 * axes, range(2 * axes + 2, 3 * axes + 2)
+    summed, kept = (*inputs[1:], inputs.stop, inputs[0]), (*outputs[1:], o + 1, o, outputs[0])
+    moved = split.permute(*summed, *kept, *range(axes))
+    found[SPECTRUM] = moved.reshape(spectrum.shape[2], 1, spectrum.shape[1], spectrum.shape[0])
     return found
 
 
 def few_rows(
     rows: Tensor,  # (N, columns)
     ready: Mapping[str, Tensor],
-    counts: Sequence[int],
-    sizes: Sequence[int],
-) -> Tensor:  # (N, o·(1+r)·n)
-    """The group part applied to few rows, gates aside."""
-    spectrum, first, samples = ready[SPECTRUM], ready[BASES[0]], rows.shape[0]
-    if len(counts) == 1:
-        found = torch.mm(rows.reshape(-1, first.shape[0]), first)
-        found = (spectrum * found.view(samples, 1, spectrum.shape[1], -1)).sum(2)
-        return torch.mm(found.view(-1, first.shape[0]), first.mT).view(samples, -1)
-    second, (high, wide), (tall, broad) = ready[BASES[1]], counts, sizes
-    n, m = first.shape[0], second.shape[0]
-    found = torch.mm(rows.reshape(-1, m), second).view(-1, n, m)
-    found = torch.bmm(first.mT.expand(found.shape[0], n, n), found)
-    found = found.view(-1, tall, high, broad, wide).transpose(2, 3).reshape(samples, 1, spectrum.shape[1], -1)
-    found = (spectrum * found).sum(2)
-    found = found.view(-1, tall, broad, high, wide).transpose(2, 3).reshape(-1, n, m)
-    found = torch.bmm(first.expand(found.shape[0], n, n), found)
-    return torch.mm(found.view(-1, m), second.mT).view(samples, -1)
+    bias: Tensor | None,  # (o·n,)
+) -> Tensor:  # (N, o·n)
+    """The group part applied to few rows, and the bias added."""
+    first, second = ready[BASES[0]], ready.get(BASES[1])
+    samples, n, m = rows.shape[0], first.shape[0], (first if second is None else second).shape[-1]
+    # a single input without gates takes the bias along in its last product
+    early = bias is not None and samples == 1 and GATES not in ready
+    start = bias.to(first.dtype).view(-1, m) if bias is not None and early else first.new_zeros(())
+    if second is None:
+        found = torch.mm(rows.reshape(-1, n), first)
+        found = _coupled(found, ready[SPECTRUM], samples, 1)
+        found = torch.addmm(start, found.view(-1, n), first.mT, beta=int(early))
+    else:
+        size, wide, _ = second.shape
+        found = torch.bmm(rows.reshape(1, -1, m).expand(size, -1, m), second.mT).view(-1, n, wide)
+        found = torch.bmm(first.mT.expand(found.shape[0], n, n), found)
+        found = _coupled(found, ready[SPECTRUM], samples, size).view(-1, n, wide)
+        found = torch.bmm(first.expand(found.shape[0], n, n), found)
+        if samples > 1:
+            found = found.view(samples, size, -1).transpose(0, 1).contiguous()
+        found = torch.addbmm(start, found.view(size, -1, wide), second, beta=int(early))
+    found = found.view(samples, -1)
+    if GATES in ready:
+        found = _gated(found, ready[GATES].to(found.dtype))
+    return found if bias is None or early else found + bias.to(found.dtype)
+
+
+def _coupled(found: Tensor, spectrum: Tensor, samples: int, size: int) -> Tensor:
+    """The irreducible blocks applied: (size, N, J, M), of whatever shape, and (size·J, 1, K, M) -> (N, K, M)."""
+    if samples > 1:
+        found = found.view(size, samples, -1, spectrum.shape[3]).transpose(1, 2).contiguous()
+    return (spectrum * found.view(-1, samples, 1, spectrum.shape[3])).sum(0)
+
+
+def _gated(found: Tensor, gates: Tensor) -> Tensor:  # (N, (1+r)·rows), (r, rows) -> (N, rows)
+    """f⋆x + Σ_k a_k ⊙ (b_k⋆x)."""
+    whole, *parts = found.view(found.shape[0], -1, gates.shape[1]).unbind(1)
+    for part, gate in zip(parts, gates.unbind(0), strict=True):
+        whole = torch.addcmul(whole, part, gate)
+    return whole

@@ -277,47 +277,40 @@ def linear(
     >>> linear(torch.tensor([[1.0, 2.0, 3.0]]), shift, Structure.parse("C3")).round(decimals=4).tolist()
     [[2.0, 3.0, 1.0]]
     """
-    if not torch.compiler.is_compiling():
-        if not given.numel():
-            one = torch.cat([given.reshape(0, given.shape[-1]), given.new_zeros(1, given.shape[-1])])
-            single = linear(one, ready, structure, bias, layout=layout)
-            return single[:0].reshape(*given.shape[:-1], single.shape[-1])
-        if SPECTRUM in ready and given.numel() <= ROWS * given.shape[-1]:
-            return _few(given, ready, structure, bias, layout=layout)
-    rows = given.reshape(-1, given.shape[-1])
+    if not torch.compiler.is_compiling() and not given.numel():
+        one = torch.cat([given.reshape(0, given.shape[-1]), given.new_zeros(1, given.shape[-1])])
+        single = linear(one, ready, structure, bias, layout=layout)
+        return single[:0].reshape(*given.shape[:-1], single.shape[-1])
+    rows, shape = given.reshape(-1, given.shape[-1]), (*given.shape[:-1], -1)
+    few = SPECTRUM in ready and rows.shape[0] <= ROWS and not torch.compiler.is_compiling()
+    if few and not (rows.is_cuda or interpret):
+        return _few(rows, ready, structure, bias).view(shape)
     if structure.group is None:
-        return _rows_product(rows, ready, structure, None, bias).reshape(*given.shape[:-1], -1)
+        return _rows_product(rows, ready, structure, None, bias).reshape(shape)
     layout = layout or layout_of(structure.group)
+    plain = partial(_rows_product, structure=structure, layout=layout, bias=bias)
     if torch.compiler.is_compiling():
-        return _rows_product(rows, ready, structure, layout, bias).reshape(*given.shape[:-1], -1)
+        return plain(rows, ready).reshape(shape)
+    if few:
+        plain = partial(_few, structure=structure, bias=bias)
     sizes = layout.combinations[0].sizes
     fits = (rows.is_cuda or interpret) and kernels.supports(rows, ready, sizes, bias, interpret=interpret) is None
-    plain = partial(_rows_product, structure=structure, layout=layout, bias=bias) if fits else None
-    if plain and (interpret or kernels.pays(rows, ready, sizes, plain)):
+    if fits and (interpret or kernels.pays(rows, ready, sizes, plain)):
         group = kernels.product(rows, ready, sizes, bias)
         whole = group + factor_linear(rows, ready, structure) if "left" in ready else group
-        return whole.reshape(*given.shape[:-1], -1)
+        return whole.reshape(shape)
     widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
     pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
-    found = [_rows_product(each, ready, structure, layout, bias) for each in pieces]
-    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(*given.shape[:-1], -1)
+    found = [plain(each, ready) for each in pieces]
+    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(shape)
 
 
 def _few(
-    given: Tensor, ready: Mapping[str, Tensor], structure: Structure, bias: Tensor | None, *, layout: Layout | None
-) -> Tensor:
+    rows: Tensor, ready: Mapping[str, Tensor], structure: Structure, bias: Tensor | None
+) -> Tensor:  # (N, columns) -> (N, rows)
     """The product of few inputs, on the shortest way."""
-    assert structure.group is not None, "few rows are for groups"
-    choice = (layout or layout_of(structure.group)).combinations[0]
-    rows = given.reshape(-1, given.shape[-1])
-    found = few_rows(rows, ready, choice.counts, choice.sizes)
-    if "gates" in ready:
-        found = _gated(found.view(rows.shape[0], -1, structure.group.order, 1), ready["gates"]).flatten(1)
-    if "left" in ready:
-        found = found + factor_linear(rows, ready, structure)
-    if bias is not None:
-        found = found + bias.to(found.dtype)
-    return found.view(*given.shape[:-1], -1)
+    found = few_rows(rows, ready, bias)
+    return found + factor_linear(rows, ready, structure) if "left" in ready else found
 
 
 def _rows_product(

@@ -15,8 +15,9 @@ from kernel_cases import CASES, DTYPES
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmcompress import kernels
+from gmcompress.fewrows import SPECTRUM
 from gmcompress.kernels import Case, Tiles, candidates
-from gmcompress.products import layout_of, prepare
+from gmcompress.products import keep, layout_of, linear, prepare
 from gmcompress.structure import Structure
 
 LAWS = pytest.mark.parametrize(("case", "name"), list(product(CASES, DTYPES)), ids=str)
@@ -129,6 +130,19 @@ def test_states_of_torch_without_a_kernel():
 
     torch.vmap(called)(torch.ones(3, 2, 8))
     assert "transformed" in str(seen[0])
+
+
+@TRITON
+def test_few_rows_take_the_kernel_too(monkeypatch):
+    structure = Structure.parse("C8")
+    ready = keep({name: torch.ones(size) for name, size in structure.shapes((16, 8)).items()}, structure)
+    assert SPECTRUM in ready
+    launched = []
+    monkeypatch.setattr(kernels, "product", lambda rows, *_: launched.append(len(rows)) or torch.zeros(len(rows), 16))
+    for rows in (1, 9):
+        linear(torch.ones(rows, 8), ready, structure, interpret=True)
+        linear(torch.ones(rows, 8), ready, structure)
+    assert launched == [1, 9]
 
 
 def test_on_the_cpu_there_is_none():
