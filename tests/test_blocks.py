@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,23 @@ def test_outputs_that_have_not_come_nearer_take_everything_back(monkeypatch: pyt
     monkeypatch.setattr(blocks, "divergence", lambda *_, **__: 1.0)
     assert [(each.rate, each.after == each.before) for each in refit(small, dense)] == [(0.0, True)] * 3
     assert all(torch.equal(each, before[name]) for name, each in small.state_dict().items())
+
+
+def test_all_blocks_go_back_as_far_as_held_out_examples_bear_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = built()
+    start = unrefitted(dense, monkeypatch).model
+    # held-out losses: before, after the steps, and at each share of the way
+    judged = {1.0: iter([3.0, 1.0, 2.0]), blocks.SHARES[1]: iter([3.0, 2.5, 2.0, 1.0, 1.5])}
+    found = {}
+    for share, losses in judged.items():
+        monkeypatch.setattr(blocks, "divergence", lambda *_, left=losses, **__: next(left))
+        found[share] = copy.deepcopy(start)
+        assert all(each.rate > 0 for each in refit(found[share], dense))
+    ends = found.pop(1.0).state_dict()
+    for share, model in found.items():
+        for name, each in model.state_dict().items():
+            torch.testing.assert_close(each, start.state_dict()[name].lerp(ends[name], share))
+    assert any(not torch.equal(each, start.state_dict()[name]) for name, each in ends.items())
 
 
 def test_modes_flags_and_gradients_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
