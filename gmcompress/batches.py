@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from .errors import GMError
-from .nesting import describe, is_ragged
+from .nesting import describe, is_plain, is_ragged
 from .surgery import Inputs
 
 SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
@@ -150,8 +150,7 @@ def is_divisible(inputs: Inputs) -> bool:
     (False, True)
     """
     tensors = _tensors(inputs)
-    usual = all(each.layout is torch.strided and not each.is_nested for each in tensors)
-    if isinstance(inputs, WholeList | WholeMapping) or not usual:
+    if isinstance(inputs, WholeList | WholeMapping) or not all(map(is_plain, tensors)):
         return False
     sizes = {each.shape[:1] for each in tensors}  # of a scalar none
     return len(sizes) == 1 and torch.Size() not in sizes and bool(_whole(inputs))

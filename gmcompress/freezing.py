@@ -14,6 +14,7 @@ from .copies import duplicate, evaluating
 from .errors import GMError, said
 from .layers import GMLayer, Verdict
 from .metrics import latencies, measure_together
+from .nesting import is_plain
 from .reporting import Result
 from .surgery import Inputs, check_model, run, shell
 
@@ -109,8 +110,7 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
             assert isinstance(layer, GMLayer)
             if layer.is_frozen or layer.computes_with_others or not given or not isinstance(given[0], Tensor):
                 return
-            usual = given[0].layout is torch.strided and not given[0].is_nested
-            form = (given[0].shape, given[0].stride()) if usual else id(layer)  # others have none
+            form = (given[0].shape, given[0].stride()) if is_plain(given[0]) else id(layer)  # others have none
             key = (repr(layer), form, given[0].dtype, given[0].device)
             if key not in known:
                 known[key] = (name, _compare(layer, given[0], repeats))

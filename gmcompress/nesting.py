@@ -68,6 +68,11 @@ def describe(inputs: Any) -> str:
     return type(inputs).__name__
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is neither sparse nor nested, and so has strides."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def is_ragged(tensor: Tensor) -> bool:
     """Whether it is a nested tensor that has no shape, as those of the older of torch's two kinds."""
     return tensor.is_nested and tensor.layout is torch.strided
@@ -76,7 +81,7 @@ def is_ragged(tensor: Tensor) -> bool:
 def floating(outputs: Any) -> list[Tensor]:
     """The tensors of floating point in what a module returns, but for sparse and nested ones."""
     found = (each for each in tree_leaves(laid_open(outputs)) if isinstance(each, Tensor) and each.is_floating_point())
-    return [each for each in found if each.layout is torch.strided and not each.is_nested]
+    return [each for each in found if is_plain(each)]
 
 
 def drawn(outputs: Any) -> Any:

@@ -23,7 +23,7 @@ from .groups import Group
 from .jobs import Job, private
 from .layers import GMLayer, GMWeight
 from .metrics import measure_together
-from .nesting import describe, laid_open
+from .nesting import describe, is_plain, laid_open
 from .planning import Override, Plan, Rule, Rules, choose
 from .projection import Fit, fitted_distance, relative_error, svd_error
 from .reconstruction import Reconstruction
@@ -330,8 +330,7 @@ def check_outputs(expected: Any, found: Any) -> None:
 
 def _finite(leaf: Any) -> bool:
     """Whether nothing in it is known to be infinite or NaN."""
-    plain = isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
-    return not plain or bool(torch.isfinite(leaf).all())
+    return not (isinstance(leaf, Tensor) and is_plain(leaf)) or bool(torch.isfinite(leaf).all())
 
 
 def _axes(leaves: Iterable[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ from ..costs import is_fast, multiply_adds
 from ..errors import GMError
 from ..factored import Window
 from ..linalg import usual_strides
+from ..nesting import is_plain
 from ..products import Layout, keep, layout_of, prepare, why_slow
 from ..readonly import check_assigned, read_only
 from ..sharing import SharingModule
@@ -255,7 +256,7 @@ class GMLayer(SharingModule):
         stored = self._stored()
         if type(given) is not Tensor or is_functorch_wrapped_tensor(given) or given.device.type != "cpu":
             return False
-        if given.is_nested or given.layout != torch.strided or self.computes_with_others:
+        if not is_plain(given) or self.computes_with_others:
             return False
         if torch.is_autocast_enabled("cpu"):
             return True

@@ -14,7 +14,7 @@ from ..batches import inputs_of
 from ..calibration import IMPOSSIBLE, first_output, spread_of
 from ..errors import GMError, said
 from ..layers import GMLayer
-from ..nesting import describe
+from ..nesting import describe, is_plain
 from ..surgery import get_modules
 from .recipe import FEATURES, Recipe
 
@@ -239,9 +239,9 @@ class Features:
 
 
 def _same_kind(ours: Any, theirs: Any) -> bool:
-    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)) or ours.is_nested or theirs.is_nested:
+    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)) or not is_plain(ours) or theirs.is_nested:
         return False
-    return ours.shape == theirs.shape and ours.is_floating_point() and ours.layout is torch.strided
+    return ours.shape == theirs.shape and ours.is_floating_point()
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> Tensor:  # ()
