@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ PASSES = 6  # over the data, at most
 FEWEST = 64  # examples, below which nothing is refitted
 SENSED = 256  # examples on which it is measured what errors cost
 MEMORY = 3e9  # bytes of inputs and outputs held at once
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of Adam, one of which a trial of each block chooses
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of Adam, one of which a trial chooses
 TRIAL = 12  # steps of the trial at each rate
+TRIED = 3  # blocks whose trials speak for the others, where each would cost more than the steps it is for
 LONGER = 3.0  # times as large a rate as the best of so few steps is best for many
 SHARES = (0.85, 0.75)  # of the way that all blocks went: the whole can suit the data of the steps too well
 
@@ -102,6 +104,7 @@ def refit_blocks(
     wanted, had = outputs(dense, held), {key: each.detach().clone() for key, each in parameters_of(small).items()}
     before = divergence(wanted, outputs(small, held), logits=logits)
     done: list[Refit] = []
+    rates = _Rates()
     walk = _Walk(dense, small, pieces)
     names = walk.order(find_blocks(small))
     weights = sensitivities(dense, pieces[: -(-SENSED // SIZE)], names, logits=logits, seed=seed)
@@ -114,9 +117,10 @@ def refit_blocks(
             if kept is not None:
                 _put(tensors, kept[1])
                 done.append(Refit(name, **kept[0]))
+                rates.note(done[-1].rate)
             elif tensors and (steps := walk.steps(name)):
                 measure = _Measure(steps, weights.get(name))
-                found = _refit(name, block, list(tensors.values()), steps, measure, passes=passes, seed=seed)
+                found = _refit(name, block, list(tensors.values()), steps, measure, rates, passes=passes, seed=seed)
                 done += [] if found is None else [found]
                 if notes is not None and found is not None:
                     facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
@@ -169,11 +173,12 @@ def _refit(
     parameters: Sequence[Tensor],
     steps: Sequence[_Step],
     measure: _Measure,
+    rates: _Rates,
     *,
     passes: int,
     seed: int,
 ) -> Refit | None:
-    """Adam with a rate from a short trial, falling to zero; undone where held-out steps do not bear it out.
+    """Adam with a rate from a trial, falling to zero; undone where held-out steps do not bear it out.
 
     None where the block does not give what the dense one gives, since what runs inside depends on values.
     """
@@ -187,7 +192,7 @@ def _refit(
         return None
     after, rate = before, 0.0
     try:
-        rate = LONGER * descent.choose(before, min(TRIAL, len(used) * passes))
+        rate = rates.choose(descent, before, len(used) * passes)
         after = descent.run(rate, len(used) * passes)
     except Exception:  # of any kind: what gives no gradients is left as it was
         pass
@@ -196,7 +201,25 @@ def _refit(
             descent.start_again()
             after, rate = before, 0.0
         descent.close()
+    rates.note(rate)
     return Refit(name, before, after, rate)
+
+
+class _Rates:
+    """The rates that helped the blocks until now, from which those of others follow where a trial costs too much."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def note(self, rate: float) -> None:
+        """Remember the rate of a block that was refitted; 0.0 is none."""
+        self.found += [rate] if rate > 0 else []
+
+    def choose(self, descent: _Descent, before: float, count: int) -> float:
+        """The rate for so many steps of a block whose error is `before`."""
+        if count < TRIAL * len(RATES) and len(self.found) >= TRIED:
+            return median_low(self.found)
+        return LONGER * descent.choose(before, min(TRIAL, count))
 
 
 class _Descent:

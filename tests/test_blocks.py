@@ -156,6 +156,23 @@ def test_all_blocks_go_back_as_far_as_held_out_examples_bear_it_out(monkeypatch:
     assert any(not torch.equal(each, start.state_dict()[name]) for name, each in ends.items())
 
 
+@pytest.mark.parametrize(("passes", "trials"), [(1, blocks.TRIED), (6, 5)])
+def test_few_blocks_are_tried_where_trials_cost_more_than_steps(
+    passes: int, trials: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    dense = Stack(depth=5).eval()
+    small = unrefitted(dense, monkeypatch).model
+    monkeypatch.setattr(blocks, "WORK", passes * 512 * 3 * 10_000)
+    tried: list[float] = []
+    first = blocks._Descent.choose
+    monkeypatch.setattr(blocks._Descent, "choose", lambda *each: tried.append(rate := first(*each)) or rate)
+    found = refit(small, dense)
+    assert len(tried) == trials
+    assert all(each.rate > 0 and each.after < each.before for each in found)
+    assert {each.rate for each in found} <= {blocks.LONGER * rate for rate in tried}
+
+
 def test_modes_flags_and_gradients_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = built()
     small = unrefitted(dense, monkeypatch).model.train()
