@@ -218,7 +218,7 @@ class _Sums:
 
     def __init__(self, module: nn.Module, batches: int, places: Tensor | None, *, crossed: bool) -> None:
         self.module, self.batches, self.crossed = module, batches, crossed
-        self.places = torch.ones(1, device="cpu") if places is None else places.cpu()
+        self.places = torch.ones(1, dtype=torch.float32, device="cpu") if places is None else places.cpu()
         self.groups = getattr(module, "groups", 1)
         self.size = module.get_parameter("weight")[0].numel()
         self.weights = [0.0, 0.0] if crossed else [0.0]  # of the vectors, summed, and their squares

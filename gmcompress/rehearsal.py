@@ -204,7 +204,7 @@ class _Rehearsal:
         for name in names:
             weight = read_weight(twin, name)
             assert weight is not None, "a site without an obstacle holds a matrix"
-            factors = 0.5 + torch.rand(weight.shape, generator=generator, device="cpu")
+            factors = 0.5 + torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
             scaled = weight * factors.to(weight)
             # a power of two so large that the kernel of a stand-in and its residual add up without rounding
             offsets[name] = 2.0 ** (1 + math.frexp(float(scaled.abs().nan_to_num(0.0, 0.0).max()))[1])

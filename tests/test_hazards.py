@@ -314,3 +314,24 @@ def test_torch_may_make_tensors_elsewhere_by_default(options, tmp_path):
         gm.export(result, tmp_path / "small.safetensors", format="dense")
         gm.save(result, tmp_path / "small")
         gm.load(tmp_path / "small", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"rank": 1}, {"budget": "75%", "effort": 0.1}], ids=["rank", "data"])
+def test_torch_may_make_tensors_of_another_type_by_default(options, dtype, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval(), torch.randn(16, 8)
+    if "budget" in options:
+        options = options | {"data": [x]}
+    usual = gm.compress(model, "C4", inputs=x, **options).model
+    torch.set_default_dtype(dtype)
+    try:
+        result = gm.compress(model, "C4", inputs=x, **options)
+        gm.save(gm.tune(result, [x], epochs=1, lr=1e-3), tmp_path / "small")
+        loaded = gm.load(tmp_path / "small", model)
+        found = {path: gm.freeze(result.model, path, inputs=x)(x) for path in ("structured", "dense", "auto")}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {each.dtype for each in [*loaded.parameters(), *result.model.parameters()]} == {torch.float32}
+    for each in (result.model(x), *found.values()):
+        assert_close(each, usual(x), slack=10)
