@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .attaching import structured
 from .copies import duplicate, evaluating
@@ -110,6 +111,9 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
             assert isinstance(layer, GMLayer)
             if layer.is_frozen or layer.computes_with_others or not given or not isinstance(given[0], Tensor):
                 return
+            if _is_differentiated(layer):
+                layer.verdict = Verdict("dense", reason="torch.func differentiates it, where no path can be timed")
+                return
             form = (given[0].shape, given[0].stride()) if is_plain(given[0]) else id(layer)  # others have none
             key = (repr(layer), form, given[0].dtype, given[0].device)
             if key not in known:
@@ -128,6 +132,11 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
         for handle in handles:
             handle.remove()
     return {name: each.verdict for name, each in layers.items() if each.verdict is not None}
+
+
+def _is_differentiated(layer: GMLayer) -> bool:
+    """Whether it runs inside of a transform such as jvp or jacrev, in which what is made of the weight cannot be kept."""
+    return any(is_functorch_wrapped_tensor(each.detach()) for each in layer.parts().values())
 
 
 def _compare(layer: GMLayer, given: Tensor, repeats: int) -> Verdict:

@@ -231,6 +231,24 @@ def test_layers_that_run_with_other_tensors_alone(monkeypatch):
     assert_close(frozen(x), model(x))
 
 
+class Slopes(nn.Sequential):
+    """A model that takes its own derivatives by torch.func."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(torch.func.jacrev(super().forward))(x), *torch.func.jvp(super().forward, (x,), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # what torch makes such derivatives of
+def test_layers_that_torch_func_differentiates():
+    torch.manual_seed(0)
+    model, x = Slopes(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(2, 8)
+    small = gm.compress(model, "C4", rank=1, inputs=x).model
+    frozen = gm.freeze(small, inputs=x)
+    assert {"torch.func" in each.reason for each in gm.verdicts(frozen).values()} == {True}
+    for found, expected in zip(frozen(x), small(x), strict=True):
+        assert_close(found, expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
 def test_sentences_of_several_lengths():
     torch.manual_seed(0)
