@@ -162,16 +162,21 @@ def _summing(
     def take_in(gradient: Tensor) -> None:
         if isinstance(module, nn.Conv2d):  # to which an image may come without a batch
             gradient = (gradient if gradient.dim() == 4 else gradient[None]).movedim(1, -1)
+        elif gradient.dim() == 1:  # nor has a vector one
+            gradient = gradient[None]
         sums.setdefault(name, _GradientSums()).add(gradient)
 
     return lambda _arguments: take_in
 
 
 def gradient_hook(watch: Callable[[tuple[Any, ...]], Callable[[Tensor], None]]) -> Callable[..., Tensor]:
-    """A forward hook that gives the gradient at a layer's output to what `watch` makes of the layer's arguments."""
+    """A forward hook that gives the gradient at a layer's output to what `watch` makes of the layer's arguments.
+
+    It passes over calls without gradients, as those of a part that the model's code runs as it is.
+    """
 
     def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        if is_functorch_wrapped_tensor(output) or output.is_nested:
+        if is_functorch_wrapped_tensor(output) or output.is_nested or not torch.is_grad_enabled():
             return output
         output = differentiable(output)
         output.register_hook(watch(arguments))

@@ -78,7 +78,7 @@ def _hook(name: str, totals: dict[int, Tensor], uneven: set[str]) -> Callable[..
                 else:
                     totals[index] = totals.get(index, 0) + squares
 
-            if is_functorch_wrapped_tensor(each):
+            if is_functorch_wrapped_tensor(each) or not torch.is_grad_enabled():
                 continue
             begun = differentiable(each)
             leaves = [begun if leaf is each else leaf for leaf in leaves]

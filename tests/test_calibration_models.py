@@ -8,7 +8,9 @@ from conftest import assert_close, must_fail
 from torch import Generator, Tensor, nn
 
 import gmcompress as gm
+from gmcompress.calibration import output_gradients
 from gmcompress.moments import collect
+from gmcompress.sensitivity import sensitivities
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -65,6 +67,41 @@ def test_layers_inside_of_vmap(generator: Generator) -> None:
     x = torch.randn(40, 8, generator=generator)
     result = gm.compress(Ensemble(), "C4", data=[x], rank=1)
     assert torch.isfinite(result.model(x)).all()
+
+
+def test_layers_that_run_on_single_vectors(generator: Generator) -> None:
+    class Hyper(nn.Module):
+        """The weights of two layers follow from a code for each."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes, self.made, self.head = nn.Parameter(torch.randn(2, 8)), nn.Linear(8, 64), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for code in self.codes:
+                x = torch.tanh(x @ self.made(code).view(8, 8))
+            return self.head(x)
+
+    model, x = Hyper().eval(), torch.randn(40, 8, generator=generator)
+    found = output_gradients(model, [x], ["made", "head"], logits=True)
+    assert {name: each.moment.shape[0] for name, each in found.items()} == {"made": 64, "head": 4}
+    assert "made" in gm.compress(model, "C4", data=[x], budget="75%", effort=0.1).plan.layers
+
+
+def test_a_part_that_runs_without_gradients_hides_nothing_of_the_others(generator: Generator) -> None:
+    class Transfer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.still, self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = torch.tanh(self.still(x))
+            return self.head(torch.tanh(self.body(x)))
+
+    model, x = Transfer().eval(), torch.randn(40, 8, generator=generator)
+    assert set(output_gradients(model, [x], ["still", "body", "head"], logits=True)) == {"body", "head"}
+    assert set(sensitivities(model, [x], ["still", "body"], logits=True)) == {"body"}
 
 
 def test_a_model_that_lets_no_gradients_through(generator: Generator) -> None:
