@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .copies import duplicate
+from .copies import duplicate, settled
 from .errors import GMError
 from .groups import Group
 from .kinds import view_of
@@ -310,7 +310,7 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             for module, key in places:
                 _detach_(module, key, parameter)
     _follow_ties_(dense)
-    return dense
+    return settled(dense)
 
 
 def remember(model: nn.Module) -> Callable[[], None]:

@@ -232,6 +232,11 @@ def evaluating(model: nn.Module) -> nn.Module:
     return model
 
 
+def settled(model: nn.Module) -> nn.Module:
+    """The model itself, with what a `train` of its own keeps of the weights in evaluation mode made anew."""
+    return model if any(each.training for each in model.modules()) else evaluating(model)
+
+
 def state_of(model: nn.Module) -> dict[str, Any]:
     """The tensors and other state of a model by name, whole even where its class has a `state_dict` of its own.
 

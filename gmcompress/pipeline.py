@@ -17,7 +17,7 @@ from .allocation import allocate
 from .attaching import empty, exchange, remember, set_bias, structured
 from .batches import SAMPLES
 from .budgets import Given, parse_budget
-from .copies import count_parameters, parameters_of
+from .copies import count_parameters, parameters_of, settled
 from .errors import GMError, nearest_names
 from .groups import Group
 from .jobs import Job, private
@@ -206,7 +206,7 @@ def carry_out(plan: Plan, job: Job, *, checkpoint: str | Path | None, inplace: b
         rows = [_row(dense, name, _present(fits.fits[name], dense, small, name)) for name in plan.layers]
         if blocks and job.inputs is not None:
             check_outputs(expected, _run_small(small, job.inputs))
-        before, after = measure_together([dense, small], job.inputs)
+        before, after = measure_together([dense, settled(small)], job.inputs)
     except BaseException:
         if inplace:
             put_back()

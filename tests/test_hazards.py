@@ -335,3 +335,35 @@ def test_torch_may_make_tensors_of_another_type_by_default(options, dtype, tmp_p
     assert {each.dtype for each in [*loaded.parameters(), *result.model.parameters()]} == {torch.float32}
     for each in (result.model(x), *found.values()):
         assert_close(each, usual(x), slack=10)
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"budget": "75%", "effort": 0.1}], ids=["rank", "data"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_evaluation_mode_keeps_of_the_weights_is_that_of_the_new_ones(inplace, options, tmp_path):
+    class Merges(Base):
+        """Multiplies two weights once, when it is put into evaluation mode."""
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.product = None if mode else (self.more.weight @ self.body.weight).detach()
+            return self
+
+        def forward(self, x):
+            if self.product is None:
+                return self.head(x @ self.body.weight.T @ self.more.weight.T)
+            return self.head(x @ self.product.T)
+
+    torch.manual_seed(0)
+    model, x = Merges().eval(), torch.randn(8, 8)
+    expected = model(x)
+    if "budget" in options:
+        options = options | {"data": [x]}
+    result = gm.compress(model, "C4", inputs=x, inplace=inplace, **options)
+    assert {"body", "more"} <= set(result.plan.layers)
+    small = result.model(x)
+    must_fail(assert_close, small, expected)
+    dense = gm.densify(result.model)
+    for each in (dense(x), result.model.train()(x), gm.densify(result.model)(x)):
+        assert_close(each, small, slack=10)
+    gm.save(result, tmp_path / "small", inputs=x)
+    assert_close(gm.load(tmp_path / "small", Merges())(x), small, slack=10)
