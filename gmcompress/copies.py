@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial, update_wrapper
 from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
@@ -235,6 +235,19 @@ def evaluating(model: nn.Module) -> nn.Module:
 def settled(model: nn.Module) -> nn.Module:
     """The model itself, with what a `train` of its own keeps of the weights in evaluation mode made anew."""
     return model if any(each.training for each in model.modules()) else evaluating(model)
+
+
+@contextmanager
+def asking_for_gradients(model: nn.Module) -> Iterator[None]:
+    """The parameters of a model get gradients inside, whatever they do outside."""
+    still = [each for each in parameters_of(model).values() if each.is_floating_point() and not each.requires_grad]
+    for each in still:
+        each.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for each in still:
+            each.requires_grad_(False)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
-from .copies import check_distinct, duplicate, evaluating, parameters_of, redirect_
+from .copies import asking_for_gradients, check_distinct, duplicate, evaluating, parameters_of, redirect_
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 from .nesting import describe, drawn, own_copy
@@ -138,15 +139,19 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def ungraded(model: nn.Module, inputs: Inputs) -> Any:
-    """One forward pass without gradients, but for those that the model's own code takes, as of an energy."""
-    try:
-        with torch.no_grad():
-            return call(model, inputs)
-    except RuntimeError as problem:
-        if "does not require grad" not in str(problem):
-            raise
-    with torch.enable_grad():
-        return tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, call(model, inputs))
+    """One forward pass without gradients, but for those that the model's own code takes, as of an energy.
+
+    These may be in its parameters too, as where it learns from some of its inputs.
+    """
+    for graded, learning in ((False, False), (True, False), (True, True)):
+        try:
+            with torch.set_grad_enabled(graded), asking_for_gradients(model) if learning else nullcontext():
+                found = call(model, inputs)
+            break
+        except RuntimeError as problem:
+            if learning or "does not require grad" not in str(problem):
+                raise
+    return tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, found) if graded else found
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:

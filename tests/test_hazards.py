@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import gmcompress as gm
-from gmcompress.surgery import run, run_seeded
+from gmcompress.surgery import run, run_seeded, shell
 
 
 class Base(nn.Module):
@@ -335,6 +335,32 @@ def test_torch_may_make_tensors_of_another_type_by_default(options, dtype, tmp_p
     assert {each.dtype for each in [*loaded.parameters(), *result.model.parameters()]} == {torch.float32}
     for each in (result.model(x), *found.values()):
         assert_close(each, usual(x), slack=10)
+
+
+def test_models_that_learn_from_some_of_their_inputs():
+    class Learns(Base):
+        """Takes a step of gradient descent on examples, and answers with the weights that it leads to."""
+
+        def forward(self, x, wanted, asked):
+            weights = dict(self.body.named_parameters())
+            with torch.enable_grad():
+                loss = (torch.func.functional_call(self.body, weights, (x,)) - wanted).square().mean()
+                slopes = torch.autograd.grad(loss, list(weights.values()))
+            weights = {key: each - 0.1 * slope for (key, each), slope in zip(weights.items(), slopes, strict=True)}
+            return self.head(self.more(torch.func.functional_call(self.body, weights, (asked,))))
+
+    torch.manual_seed(0)
+    model, x = Learns().eval(), [torch.randn(4, 8) for _ in range(3)]
+    model.body.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(*x)
+    model.requires_grad_(True)
+    result = gm.compress(model, "C4", rank=1, inputs=x)
+    assert list(result.plan.layers) == ["more"]
+    assert "body" in result.plan.skipped
+    assert_close(result.model(*x), gm.densify(result.model)(*x))
+    assert gm.doctor(model, x, "C4").works
+    assert not any(each.requires_grad for each in shell(model).parameters())
 
 
 @pytest.mark.parametrize("options", [{"rank": 1}, {"budget": "75%", "effort": 0.1}], ids=["rank", "data"])
