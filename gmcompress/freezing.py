@@ -135,7 +135,7 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
 
 
 def _is_differentiated(layer: GMLayer) -> bool:
-    """Whether it runs inside of a transform such as jvp or jacrev, in which what is made of the weight cannot be kept."""
+    """Whether it runs inside of a transform such as jvp or jacrev, which does not let go of what is made there."""
     return any(is_functorch_wrapped_tensor(each.detach()) for each in layer.parts().values())
 
 

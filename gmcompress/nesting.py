@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from inspect import Signature, signature
 from io import IOBase
 from itertools import islice
 from types import ModuleType
@@ -125,6 +126,42 @@ def own_copy(given: Any) -> Any:
             return each
 
     return tree_map(copied, given)
+
+
+def arguments_of(function: Callable[..., Any], inputs: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments by position and by name: inputs are one tensor, or a sequence or mapping of all of them.
+
+    >>> arguments_of(lambda x, y: x, [1, 2]), arguments_of(lambda x, y: x, {"x": 1, "y": 2})
+    (([1, 2], {}), ([], {'x': 1, 'y': 2}))
+    """
+    if is_one_argument(function, inputs):
+        return [dict(inputs)], {}
+    if isinstance(inputs, Mapping):
+        return [], dict(inputs)
+    return (list(inputs) if isinstance(inputs, list | tuple) else [inputs]), {}
+
+
+def is_one_argument(function: Callable[..., Any], inputs: Any) -> bool:
+    """Whether a mapping has other names than the arguments of a function, which takes one: a whole batch, say.
+
+    >>> is_one_argument(lambda batch: batch, {"x": 1}), is_one_argument(lambda x: x, {"x": 1})
+    (True, False)
+    """
+    if not isinstance(inputs, Mapping):
+        return False
+    try:
+        form = signature(function)
+    except (TypeError, ValueError):  # of functions that are not written in Python
+        return False
+    return not _binds(form, **inputs) and _binds(form, inputs)
+
+
+def _binds(form: Signature, /, *given: Any, **named: Any) -> bool:
+    try:
+        form.bind(*given, **named)
+    except TypeError:
+        return False
+    return True
 
 
 def by_name(inputs: Any, *, name: str = ROOT) -> dict[str, Any]:

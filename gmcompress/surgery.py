@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from .copies import asking_for_gradients, check_distinct, duplicate, evaluating, parameters_of, redirect_
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
-from .nesting import describe, drawn, own_copy
+from .nesting import arguments_of, describe, drawn, is_one_argument, own_copy
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -132,10 +132,9 @@ def shell(model: nn.Module) -> nn.Module:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """One forward pass on a copy of the inputs: a tensor is the argument, a sequence or mapping holds all of them."""
-    if isinstance(inputs, Mapping):
-        return drawn(model(**own_copy(dict(inputs))))
-    return drawn(model(*own_copy(list(inputs) if isinstance(inputs, list | tuple) else [inputs])))
+    """One forward pass on a copy of the inputs."""
+    given, named = own_copy(arguments_of(model.forward, inputs))
+    return drawn(model(*given, **named))
 
 
 def ungraded(model: nn.Module, inputs: Inputs) -> Any:
@@ -164,7 +163,8 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         with torch.compiler.set_stance("force_eager"):  # each copy would be compiled anew
             return ungraded(model, inputs)
     except Exception as problem:
-        what = f"{type(model).__name__} does not run on inputs of shape {describe(inputs)}"
+        how = " as one argument, since it has none of these names" * is_one_argument(model.forward, inputs)
+        what = f"{type(model).__name__} does not run on inputs of shape {describe(inputs)}{how}"
         raise GMError(f"{what}: {said(problem)}") from problem
 
 

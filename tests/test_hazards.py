@@ -337,6 +337,23 @@ def test_torch_may_make_tensors_of_another_type_by_default(options, dtype, tmp_p
         assert_close(each, usual(x), slack=10)
 
 
+def test_a_batch_by_name_may_be_one_argument(tmp_path):
+    class Whole(Base):
+        def forward(self, batch):
+            return self.head(self.features(batch["x"] + batch["y"]))
+
+    torch.manual_seed(0)
+    model, batch = Whole().eval(), {"x": torch.randn(40, 8), "y": torch.randn(40, 8)}
+    result = gm.compress(model, "C4", budget="75%", data=[batch], effort=0.1)
+    assert set(result.plan.layers) & {"body", "more"}
+    tuned = gm.tune(result, [batch], epochs=1, lr=1e-3).model
+    gm.save(tuned, tmp_path / "small", inputs=batch)
+    assert_close(gm.load(tmp_path / "small", Whole())(batch), gm.densify(tuned)(batch))
+    assert gm.doctor(model, batch, "C4").works
+    with pytest.raises(gm.GMError, match="as one argument, since it has none of these names: KeyError"):
+        gm.compress(model, "C4", rank=1, inputs={"z": torch.randn(2, 8)})
+
+
 def test_models_that_learn_from_some_of_their_inputs():
     class Learns(Base):
         """Takes a step of gradient descent on examples, and answers with the weights that it leads to."""
