@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from . import metrics
 from .allocation import allocate
@@ -35,6 +35,10 @@ from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 DEFAULT_BUDGET = "50%"
+JOINTLY = (
+    "layers that its code takes jointly need one structure: name them in ties=, leave them with exclude=, "
+    "or give all layers the same kind with rank="
+)
 
 
 def make_plan(
@@ -226,8 +230,9 @@ def _run_small(small: nn.Module, inputs: Inputs) -> Any:
     try:
         return run(shell(small), inputs)
     except GMError as problem:
-        hint = "layers that its code takes jointly need one structure: name them in ties=, or leave them with exclude="
-        raise GMError(f"the compressed model does not run, though the dense one does: {problem}; {hint}") from problem
+        raise GMError(
+            f"the compressed model does not run, though the dense one does: {problem}; {JOINTLY}"
+        ) from problem
 
 
 def check_plan(plan: Plan, model: nn.Module) -> None:
@@ -315,17 +320,38 @@ def _row(model: nn.Module, name: str, fit: Fit) -> dict[str, Any]:
 def check_outputs(expected: Any, found: Any) -> None:
     """The same nesting of outputs, tensors of as many axes, all finite where they were.
 
-    Sizes may differ: a detector returns as many boxes as it finds, and speech is as long as the words take.
+    Sizes may differ, and the lengths of lists: a detector returns as many boxes as it finds, and speech is as long as
+    the words take.
 
     Raises:
         GMError: they differ, so that the compressed model could not take the place of the dense one.
     """
-    (old, old_form), (new, new_form) = (tree_flatten(laid_open(each)) for each in (expected, found))
+    (old, old_form), (new, new_form) = (tree_flatten(_folded(laid_open(each))) for each in (expected, found))
     if old_form != new_form or _axes(old) != _axes(new):
         raise GMError(f"the compressed model returns {describe(new)} where the dense one returned {describe(old)}")
-    for before, after in zip(old, new, strict=True):
-        if _finite(before) and not _finite(after):
-            raise GMError("the compressed model's outputs are not finite on the inputs given; try a larger rank")
+    before, after = ([_finite(leaf) for leaf in tree_leaves(laid_open(each))] for each in (expected, found))
+    if len(before) != len(after):  # of lists that have grown or shrunk
+        before, after = [all(before)], [all(after)]
+    if any(was and not is_now for was, is_now in zip(before, after, strict=True)):
+        remedy = "try a larger rank or budget, or leave out with exclude= what its code inverts or divides by"
+        raise GMError(f"the compressed model's outputs are not finite on the inputs given; {remedy}")
+
+
+def _folded(outputs: Any) -> Any:
+    """Nested outputs with one entry for all of a list that are alike: how many there are may follow from values.
+
+    >>> _folded({"boxes": [torch.ones(1, 4), torch.ones(3, 4)], "pair": [1, "a"]})
+    {'boxes': [tensor([[1., 1., 1., 1.]])], 'pair': [1, 'a']}
+    """
+    if isinstance(outputs, dict):
+        return {key: _folded(each) for key, each in outputs.items()}
+    if type(outputs) is tuple:
+        return tuple(map(_folded, outputs))
+    if type(outputs) is not list:
+        return outputs
+    items = [_folded(each) for each in outputs]
+    forms = [(form, _axes(found)) for found, form in map(tree_flatten, items)]
+    return items[:1] if all(each == forms[0] for each in forms) else items
 
 
 def _finite(leaf: Any) -> bool:

@@ -410,3 +410,36 @@ def test_what_evaluation_mode_keeps_of_the_weights_is_that_of_the_new_ones(inpla
         assert_close(each, small, slack=10)
     gm.save(result, tmp_path / "small", inputs=x)
     assert_close(gm.load(tmp_path / "small", Merges())(x), small, slack=10)
+
+
+def test_lists_may_have_another_length():
+    class Exits(Base):
+        """Goes on for as long as the values say, and gives out the answers on the way."""
+
+        def forward(self, x):
+            x, found = self.features(x), []
+            for _ in range(1 + int(x.detach().std() * 1000) % 9):
+                found.append(self.head(x))
+            return {"answers": found, "last": found[-1]}
+
+    torch.manual_seed(0)
+    model, x = Exits().eval(), torch.randn(8, 8)
+    result = gm.compress(model, "C4", budget="75%", data=[x], effort=0.1)
+    counts = [len(each(x)["answers"]) for each in (model, result.model)]
+    assert counts[0] != counts[1]
+    assert gm.tune(result, [x], epochs=1, lr=1e-3).model(x)["answers"]
+
+
+def test_outputs_that_a_low_rank_makes_infinite_say_what_to_do():
+    class Flows(Base):
+        """The logarithm of a change of volumes beside the outputs, as of normalising flows."""
+
+        def forward(self, x):
+            return self.features(x), (torch.linalg.svdvals(self.body.weight) - 1e-3).log().sum()
+
+    torch.manual_seed(0)
+    model, x = Flows().eval(), torch.randn(8, 8)
+    nn.init.orthogonal_(model.body.weight)
+    with pytest.raises(gm.GMError, match="not finite .* leave out with exclude= what its code inverts"):
+        gm.compress(model, "C4", rank=1, inputs=x, overrides={"body": "lowrank:2"})
+    assert list(gm.compress(model, "C4", rank=1, inputs=x, exclude="body", include="more").plan.layers) == ["more"]
