@@ -27,7 +27,7 @@ from .nesting import describe, is_plain, laid_open
 from .planning import Override, Plan, Rule, Rules, choose
 from .projection import Fit, fitted_distance, relative_error, svd_error
 from .reconstruction import Reconstruction
-from .rehearsal import rehearsed_sites
+from .rehearsal import rehearsed_sites, training_problem
 from .reporting import Report, Result
 from .structure import distance, expand
 from .surgery import Inputs, check_model, conv_groups_of, find_weight, read_weight, run, shell
@@ -206,6 +206,8 @@ def carry_out(plan: Plan, job: Job, *, checkpoint: str | Path | None, inplace: b
         kept = set_means(small, fits.means)
         if job.inputs is not None:
             check_outputs(expected, _run_small(small, job.inputs))
+            if problem := training_problem(dense, small, job.inputs):
+                raise GMError(f"the compressed model cannot be trained, though the dense one can: {problem}; {JOINTLY}")
         blocks = job.refit(plan, dense, small, notes)
         rows = [_row(dense, name, _present(fits.fits[name], dense, small, name)) for name in plan.layers]
         if blocks and job.inputs is not None:

@@ -293,6 +293,25 @@ def _outputs(model: nn.Module, inputs: Inputs, modes: Sequence[str]) -> list[Any
     return found
 
 
+def training_problem(dense: nn.Module, small: nn.Module, inputs: Inputs) -> str:
+    """Why a compressed model does not run in training mode where the dense one does; "" where it does.
+
+    Both are run only where code tells the modes apart, as where a copy of some layers follows them in training.
+    """
+    if not has_modes(dense):
+        return ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in (dense, small):
+            try:
+                trained = duplicate(each, {})
+                trained.train()
+                run_seeded(trained, inputs)
+            except Exception as problem:  # a batch may be too small for training, labels be missing
+                return "" if each is dense else said(problem.__cause__ or problem)
+    return ""
+
+
 def has_modes(model: nn.Module) -> bool:
     """Whether code other than torch's own does something at a change of mode, or asks for it.
 

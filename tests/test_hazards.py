@@ -412,6 +412,32 @@ def test_what_evaluation_mode_keeps_of_the_weights_is_that_of_the_new_ones(inpla
     assert_close(gm.load(tmp_path / "small", Merges())(x), small, slack=10)
 
 
+def test_a_model_that_trains_jointly_what_got_several_structures_is_refused():
+    class Follows(Base):
+        """A copy of its layers follows them slowly while it is trained."""
+
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+
+        def forward(self, x):
+            if self.training:
+                ours = [*self.body.parameters(), *self.more.parameters()]
+                for slow, each in zip(self.teacher.parameters(), ours, strict=True):
+                    slow.data.mul_(0.9).add_(each.data, alpha=0.1)
+            return self.head(self.features(x)), self.teacher(x)
+
+    torch.manual_seed(0)
+    model, x = Follows().eval(), torch.randn(8, 8)
+    mixed = {"teacher.*": "lowrank:1", "*": "lowrank:2"}
+    with pytest.raises(gm.GMError, match=r"cannot be trained, though the dense one can: RuntimeError.* rank="):
+        gm.compress(model, "C4", rank=1, inputs=x, overrides=mixed)
+    small = gm.compress(model, "C4", rank=1, inputs=x, include="teacher.1").model.train()
+    before = small.teacher[0].weight.clone()
+    small(x)[0].sum().backward()
+    must_fail(assert_close, small.teacher[0].weight, before)
+
+
 def test_lists_may_have_another_length():
     class Exits(Base):
         """Goes on for as long as the values say, and gives out the answers on the way."""
