@@ -129,6 +129,7 @@ def sweep(
     return [allocate(table, each) for each in parsed]
 
 
+@torch.inference_mode(False)  # whatever mode a caller is in: weights made in that one could not be trained
 def compress(
     model: nn.Module,
     group: str | Group = "C32xC32",

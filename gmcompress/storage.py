@@ -100,6 +100,7 @@ def save(
         write_json(beside / DESCRIPTION, sealed(content))
 
 
+@torch.inference_mode(False)  # as compress
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The compressed model in a folder, in evaluation mode, rebuilt on a copy of an uncompressed `model`.
 

@@ -466,6 +466,19 @@ def test_outputs_that_a_low_rank_makes_infinite_say_what_to_do():
     torch.manual_seed(0)
     model, x = Flows().eval(), torch.randn(8, 8)
     nn.init.orthogonal_(model.body.weight)
-    with pytest.raises(gm.GMError, match="not finite .* leave out with exclude= what its code inverts"):
+    with pytest.raises(gm.GMError, match=r"not finite .* leave out with exclude= what its code inverts"):
         gm.compress(model, "C4", rank=1, inputs=x, overrides={"body": "lowrank:2"})
     assert list(gm.compress(model, "C4", rank=1, inputs=x, exclude="body", include="more").plan.layers) == ["more"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whoever_turns_gradients_off_can_compress_and_tune(mode):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3)).eval(), torch.randn(16, 8)
+    with mode():
+        result = gm.compress(model, "C4", budget="75%", data=[x.clone()], effort=0.1)
+        tuned = gm.tune(result, [x.clone()], epochs=1, lr=1e-3).model
+    for each in (result.model, tuned):
+        assert not any(part.is_inference() for part in each.parameters())
+        each(x).square().sum().backward()
+        assert all(part.grad is not None for part in each.parameters())

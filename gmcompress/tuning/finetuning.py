@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..checkpoints import load_checkpoint, save_checkpoint
@@ -26,6 +27,7 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 EachEpoch = Callable[[dict[str, Any]], None]  # the row of history of an epoch
 
 
+@torch.inference_mode(False)  # a caller may have turned gradients off
 def fine_tune(
     model: nn.Module,
     loader: Iterable[Any],
@@ -57,7 +59,6 @@ def fine_tune(
         GMError: an empty loader, a teacher with other outputs, neither teacher nor labels, a loss that is not finite,
             blocks or layers without their like in the teacher, or a checkpoint of another model or recipe.
 
-    >>> import torch
     >>> tuned, history = fine_tune(nn.Linear(2, 2), [torch.ones(4, 2)], Recipe(epochs=1), teacher=nn.Linear(2, 2))
     >>> list(history[0])
     ['epoch', 'loss', 'lr', 'seconds', 'trial']
