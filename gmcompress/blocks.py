@@ -30,6 +30,7 @@ from .copies import parameters_of
 from .nesting import describe, floating, own_copy
 from .notes import Notes
 from .sensitivity import sensitivities
+from .streams import seeded
 from .surgery import Inputs, ungraded
 from .tuning.losses import find_blocks
 
@@ -323,7 +324,7 @@ class _LeftError(Exception):
     """The run of a model may end here."""
 
 
-def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any] | None:
+def _given(model: nn.Module, name: str, piece: Inputs, seed: int) -> tuple[Any, Any] | None:
     """The arguments that a module of a model is given; None where it is not called."""
     found: list[tuple[Any, Any]] = []
 
@@ -333,7 +334,8 @@ def _given(model: nn.Module, name: str, piece: Inputs) -> tuple[Any, Any] | None
 
     handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
     try:
-        ungraded(model, piece)
+        with seeded(model, seed):
+            ungraded(model, piece)
     except _LeftError:
         pass
     finally:
@@ -364,7 +366,7 @@ class _Walk:
 
             return hook
 
-        with ExitStack() as stack:
+        with ExitStack() as stack, seeded(self.models[0]):
             for name in names:
                 module = self.models[0].get_submodule(name)
                 stack.callback(module.register_forward_hook(noting(name), with_kwargs=True).remove)
@@ -383,9 +385,9 @@ class _Walk:
         """
         if self.at != name:
             self.at, self.given = "", [[], []]
-            for piece in self.pieces:
+            for number, piece in enumerate(self.pieces):
                 for model, found in zip(self.models, self.given, strict=True):
-                    given = _given(model, name, piece)
+                    given = _given(model, name, piece, number)
                     if given is None:
                         return []
                     found.append(given)

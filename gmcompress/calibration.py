@@ -18,15 +18,19 @@ from .errors import GMError
 from .linalg import gram_matrix
 from .moments import version_of
 from .nesting import describe, floating, laid_open
-from .surgery import TIED_HEAD, Inputs, call, run, trace, ungraded
+from .streams import seeded
+from .surgery import TIED_HEAD, Inputs, call, run_seeded, trace, ungraded
 
 BACKWARD = 2_500_000  # numbers of input in one backward pass
 IMPOSSIBLE = -100.0  # the log-probability of a class that is ruled out
 
 
 def outputs(model: nn.Module, batches: Iterable[Inputs]) -> list[Tensor]:
-    """`first_output` of what the model returns, batch by batch; logits for a classifier."""
-    return [first_output(run(model, inputs)) for inputs in batches]
+    """`first_output` of what the model returns, batch by batch; logits for a classifier.
+
+    What is drawn at random is the same for every model, and other for every batch.
+    """
+    return [first_output(run_seeded(model, inputs, seed=number)) for number, inputs in enumerate(batches)]
 
 
 def first_output(found: Any) -> Tensor:
@@ -120,7 +124,7 @@ def output_gradients(
     """
     sums: dict[str, _GradientSums] = {}
     generator = torch.Generator().manual_seed(seed)
-    with ExitStack() as stack, torch.enable_grad():
+    with ExitStack() as stack, seeded(model, seed), torch.enable_grad():
         for name in names:
             module = model.get_submodule(name)
             stack.callback(module.register_forward_hook(gradient_hook(_summing(module, name, sums))).remove)
@@ -245,7 +249,7 @@ def norms_after(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[
 
         return hook
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, seeded(model):
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
         for name, module in model.named_modules():

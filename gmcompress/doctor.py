@@ -22,7 +22,7 @@ from .nesting import describe
 from .pipeline import check_outputs, compress, model_name
 from .planning import Plan, choose
 from .rehearsal import rehearsed_sites, watch
-from .surgery import Inputs, Site, check_model, run, shell, site_name, trace
+from .surgery import Inputs, Site, check_model, run_seeded, shell, site_name, trace
 from .tables import percent, table_text
 
 RANK = 0  # of the trial: group matrices alone, which every quotient but the trivial one makes smaller
@@ -196,7 +196,7 @@ def examine(model: nn.Module, inputs: Inputs | None = None, group: str | Group =
     if inputs is not None:
         try:
             model = apart(model, inputs)
-            expected = run(shell(model), inputs)
+            expected = run_seeded(shell(model), inputs)
         except GMError as problem:
             given, failed = None, str(problem)
     traced = any(site.calls is not None for site in trace(model))
@@ -232,7 +232,7 @@ def _trial(model: nn.Module, plan: Plan, inputs: Inputs | None, expected: Any) -
             raise GMError(f"no weight can be compressed: {next(iter(plan.skipped.values()), 'it holds none')}")
         small = compress(model, plan=plan).model
         if inputs is not None:
-            check_outputs(expected, run(shell(small), inputs))
+            check_outputs(expected, run_seeded(shell(small), inputs))
         problem = ""
     except GMError as refused:
         problem = str(refused)

@@ -17,7 +17,7 @@ from .layers import GMLayer, Verdict
 from .metrics import latencies, measure_together
 from .nesting import is_plain
 from .reporting import Result
-from .surgery import Inputs, check_model, run, shell
+from .surgery import Inputs, check_model, run_seeded, shell
 
 PATHS = ("auto", "dense", "structured")
 GAIN = 0.97  # of the dense time that the fast product may take at most; what is nearer may be noise
@@ -127,7 +127,7 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
 
     handles = [each.register_forward_pre_hook(hook(name)) for name, each in layers.items() if each.why_slow() is None]
     try:
-        run(model, inputs)
+        run_seeded(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

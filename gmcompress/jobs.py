@@ -33,7 +33,7 @@ from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
 from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
-from .surgery import Inputs, find_weight, read_weight, run, run_seeded, shell
+from .surgery import Inputs, find_weight, read_weight, run_seeded, shell
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
@@ -94,7 +94,7 @@ class Job:
                 return found
         examples = [first_of(each, 1) for each in self.batches]
         for each in {describe(each): each for each in examples}.values():
-            run(dense, each)  # says what does not fit before any work is done
+            run_seeded(dense, each)  # says what does not fit before any work is done
         macs = count_macs(dense, examples[0])[0] // max(1, count_examples(examples[0]))  # whole batches hold several
         found = calibrate(
             dense, self.batches, names, logits=ends_in_classes(dense, self.inputs), macs=macs, effort=self.effort

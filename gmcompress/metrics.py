@@ -24,8 +24,9 @@ from .kinds import kind_of
 from .lattice import LatticeConv
 from .layers import GMLayer, GMWeight
 from .nesting import describe
+from .streams import seeded
 from .structure import displacement_rank, distance, generator_displacement_rank
-from .surgery import Inputs, check_model, find_weight, run, shell
+from .surgery import Inputs, check_model, find_weight, run, run_seeded, shell
 from .tables import table_text
 
 
@@ -84,8 +85,10 @@ def measure_together(
     shells = [shell(model) for model in models]
     if inputs is None:
         return tuple(_metrics(each, None, (None, None), (None, None)) for each in shells)
-    macs = [count_macs(each, inputs) for each in shells]
-    times = latencies([lambda each=each: run(each, inputs) for each in shells], repeats=repeats)  # type: ignore[misc]
+    with seeded(shells[0]):
+        macs = [count_macs(each, inputs) for each in shells]
+        calls = [lambda each=each: run(each, inputs) for each in shells]  # type: ignore[misc]
+        times = latencies(calls, repeats=repeats)
     return tuple(_metrics(*each) for each in zip(shells, [inputs] * len(shells), macs, times, strict=True))
 
 
@@ -202,11 +205,11 @@ def count_macs(model: nn.Module, inputs: Inputs) -> tuple[int, int | None]:
     try:
         try:
             with FlopCounterMode(display=False) as counter:
-                run(model, inputs)
+                run_seeded(model, inputs)
             counted: int | None = counter.get_total_flops() // 2
         except GMError:
             total, counted = 0, None
-            run(model, inputs)
+            run_seeded(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
@@ -291,7 +294,7 @@ def layer_positions(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> d
         for module in _appliers(model, name):
             handles.append(module.register_forward_hook(hook))
     try:
-        run(model, inputs)
+        run_seeded(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

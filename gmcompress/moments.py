@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap is of no use outside
 
 from .linalg import cholesky, gram_matrix
-from .surgery import Inputs, run
+from .surgery import Inputs, run_seeded
 
 POSITIONS = 120  # input vectors per dimension of a moment, beyond which positions are drawn at random
 WORK = 5e10  # multiply-adds of the sums of one layer, beyond which they are drawn too, but for
@@ -115,9 +115,9 @@ class _Stop(BaseException):  # the way out of a forward pass once its last layer
     pass
 
 
-def _run(model: nn.Module, inputs: Inputs) -> Any:
+def _run(model: nn.Module, inputs: Inputs, seed: int) -> Any:
     try:
-        return run(model, inputs)
+        return run_seeded(model, inputs, seed=seed)
     except _Stop:
         return None
 
@@ -145,9 +145,9 @@ def collect(
     both = set(names if crossed is None else crossed)
     old, new = (model.get_submodule for model in (dense, small))
     for number, inputs in enumerate(batches):
-        other = _given(small, {name: new(name) for name in names}, inputs)
+        other = _given(small, {name: new(name) for name in names}, inputs, number)
         apart = {name: old(name) for name in names if name in both and small is not dense}
-        kept = other | (_given(dense, apart, inputs) if apart else {})
+        kept = other | (_given(dense, apart, inputs, number) if apart else {})
         for name in names:
             for index, (t, x) in enumerate(_paired(kept[name], other[name])):
                 if name not in sums:
@@ -166,14 +166,14 @@ def _paired(dense: Sequence[Tensor], small: Sequence[Tensor]) -> list[tuple[Tens
     return [(t, x) for t, x in zip(dense if alike else small, small, strict=True) if x.numel()]
 
 
-def _given(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, list[Tensor]]:
+def _given(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs, seed: int) -> dict[str, list[Tensor]]:
     """The inputs of modules in one run: kept as they are, or as copies where later code changed them in place."""
     seen: dict[str, list[Tensor]] = {}
     for copying in (False, True):
         states: list[tuple[Tensor, tuple[int, int]]] = []
         with ExitStack() as stack:
             seen = _watch(stack, modules, states, copying=copying)
-            _run(model, inputs)
+            _run(model, inputs, seed)
         if all(version_of(each) == state for each, state in states):
             break
     return seen

@@ -30,7 +30,7 @@ from .reconstruction import Reconstruction
 from .rehearsal import rehearsed_sites, training_problem
 from .reporting import Report, Result
 from .structure import distance, expand
-from .surgery import Inputs, check_model, conv_groups_of, find_weight, read_weight, run, shell
+from .surgery import Inputs, check_model, conv_groups_of, find_weight, read_weight, run_seeded, shell
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
@@ -195,7 +195,7 @@ def carry_out(plan: Plan, job: Job, *, checkpoint: str | Path | None, inplace: b
     """Fit the layers of a plan, put them in place, refit the blocks, and measure; on failure all is as it was."""
     model, notes = job.model, job.notes(checkpoint, "fits", {})
     dense = (private(model) if job.batches else shell(model)) if inplace else model
-    expected = None if job.inputs is None else run(shell(model), job.inputs)
+    expected = None if job.inputs is None else run_seeded(shell(model), job.inputs)
     fits = job.fits(plan, notes)
     new_layers = {name: _layer(model, name, fits) for name in plan.layers}
     put_back, kept, vectors = remember(model), {}, small_tensors(model) if inplace else []
@@ -231,7 +231,7 @@ def _run_small(small: nn.Module, inputs: Inputs) -> Any:
         GMError: it does not run, as one does not that stacks weights which by now have different structures.
     """
     try:
-        return run(shell(small), inputs)
+        return run_seeded(shell(small), inputs)
     except GMError as problem:
         raise GMError(
             f"the compressed model does not run, though the dense one does: {problem}; {JOINTLY}"

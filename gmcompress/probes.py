@@ -35,6 +35,7 @@ from .moments import mean_output
 from .plain import is_plain
 from .reconstruction import Calibration, absorb
 from .selection import Candidate
+from .streams import seeded
 from .structure import Structure, expand
 from .surgery import Inputs, find_weight, read_weight, write_weight
 
@@ -195,7 +196,7 @@ def expected_divergences(
     generator = torch.Generator().manual_seed(seed)
     totals = {name: [0.0] * len(PROBES) for name in changes}
     count = 0
-    with ExitStack() as stack, torch.enable_grad():
+    with ExitStack() as stack, seeded(model, seed), torch.enable_grad():
         for each in changes.values():
             stack.callback(each.module.register_forward_hook(gradient_hook(each.watch)).remove)
         for inputs in (piece for whole in batches for piece in split_batch(whole, BACKWARD)):

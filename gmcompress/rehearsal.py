@@ -31,6 +31,7 @@ from .copies import duplicate, evaluating, parameters_of, state_of
 from .errors import GMError, said
 from .layers import GMLayer, GMWeight
 from .nesting import describe, laid_open
+from .streams import seeded
 from .surgery import (
     Inputs,
     Site,
@@ -39,7 +40,6 @@ from .surgery import (
     find_weight,
     holders,
     read_weight,
-    run,
     run_seeded,
     shell,
     trace,
@@ -152,7 +152,7 @@ def watch(model: nn.Module, inputs: Inputs) -> tuple[Counter[str], set[str]] | N
             each.register_forward_pre_hook(lambda *_: threads.add(get_ident()))
     try:
         with reads:
-            run(watched, inputs)
+            run_seeded(watched, inputs)
     except GMError:  # it ran without, so some operation does not take part in a dispatch mode
         return None
     return None if len(threads) > 1 else (calls, reads.seen)
@@ -171,7 +171,7 @@ def _read_aside(model: nn.Module) -> set[str]:
     """The weights that code reads otherwise than as attributes, as far as torch.fx can follow it."""
     followed = shell(model)
     reads = _Reads(followed)
-    with suppress(Exception), reads:  # control flow, unusual arguments
+    with suppress(Exception), seeded(followed), reads:  # control flow, unusual arguments
         _Following(reads).trace(followed)
     read = {id(each) for name, each in parameters_of(followed).items() if name in reads.seen}
     return {held[0].name for held in holders(followed) if id(held[0].parameter) in read}

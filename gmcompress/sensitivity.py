@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .calibration import backpropagate, differentiable
 from .copies import parameters_of
 from .nesting import floating
+from .streams import seeded
 from .surgery import Inputs
 
 DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
@@ -38,7 +39,7 @@ def sensitivities(
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     uneven: set[str] = set()
     generator = torch.Generator().manual_seed(seed)
-    with ExitStack() as stack, torch.enable_grad():
+    with ExitStack() as stack, seeded(model, seed), torch.enable_grad():
         for name in names:
             hook = _hook(name, sums[name], uneven)
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)

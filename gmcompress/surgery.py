@@ -8,14 +8,12 @@ the parameter otherwise: "head", "attention.in_proj_weight".
 from __future__ import annotations
 
 import copy
-import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -25,6 +23,7 @@ from .copies import asking_for_gradients, check_distinct, duplicate, evaluating,
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, view_of
 from .nesting import arguments_of, describe, drawn, is_one_argument, own_copy
+from .streams import seeded
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -168,18 +167,10 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         raise GMError(f"{what}: {said(problem)}") from problem
 
 
-def run_seeded(model: nn.Module, inputs: Inputs) -> Any:
+def run_seeded(model: nn.Module, inputs: Inputs, *, seed: int = 0) -> Any:
     """One run in which random numbers are the same each time, and which leaves the caller's stream of them alone."""
-    devices = {each.device for each in parameters_of(model).values() if each.is_cuda}
-    plain, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
-        for seed in (torch.manual_seed, random.seed, np.random.seed):
-            seed(0)
-        try:
-            return run(model, inputs)
-        finally:
-            random.setstate(plain)
-            np.random.set_state(numpy)
+    with seeded(model, seed):
+        return run(model, inputs)
 
 
 def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
@@ -329,7 +320,7 @@ def _calls_by_run(model: nn.Module, inputs: Inputs) -> Counter[str]:
     calls: Counter[str] = Counter()
     watched = shell(model)
     count_calls(watched, calls)
-    run(watched, inputs)
+    run_seeded(watched, inputs)
     return calls
 
 
@@ -357,7 +348,8 @@ class Tracer(fx.Tracer):
 def _calls_by_fx(model: nn.Module) -> Counter[str] | None:
     """How often each leaf module is called in the graph that torch.fx sees, or None where it cannot trace."""
     try:
-        graph = Tracer().trace(shell(model))
+        with seeded(model):  # what its code draws as it is traced
+            graph = Tracer().trace(shell(model))
     except Exception:  # control flow, unusual arguments: the caller goes on from the modules alone
         return None
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
