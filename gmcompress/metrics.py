@@ -87,7 +87,7 @@ def measure_together(
         return tuple(_metrics(each, None, (None, None), (None, None)) for each in shells)
     with seeded(shells[0]):
         macs = [count_macs(each, inputs) for each in shells]
-        calls = [lambda each=each: run(each, inputs) for each in shells]  # type: ignore[misc]
+        calls = [lambda each=each: run(each, inputs) for each in shells]
         times = latencies(calls, repeats=repeats)
     return tuple(_metrics(*each) for each in zip(shells, [inputs] * len(shells), macs, times, strict=True))
 

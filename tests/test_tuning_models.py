@@ -209,3 +209,10 @@ def test_sparse_gradients_are_trained_as_others():
     result = gm.compress(model, "C4", rank=1)
     tuned = gm.tune(result, [torch.arange(16).view(4, 4)], epochs=1, lr=1e-2).model
     assert not torch.equal(tuned[0].weight, model[0].weight)
+
+
+def test_a_batch_that_is_too_small_for_training_is_told_so():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+    result = gm.compress(model, "C4", rank=1, inputs=torch.randn(4, 8))
+    with pytest.raises(gm.GMError, match=r"does not run in training mode on a batch of shape \(1, 8\)"):
+        gm.tune(result, [torch.randn(1, 8)], epochs=1, lr=1e-3)

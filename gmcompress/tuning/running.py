@@ -131,7 +131,7 @@ class Run:
         except GMError:
             raise
         except Exception as problem:
-            mode = "training" if model.training else "evaluation"
+            mode = "training" if any(each.training for each in model.modules()) else "evaluation"
             what = f"{type(model).__name__} does not run in {mode} mode on a batch of shape {describe(inputs)}"
             raise GMError(f"{what}: {said(problem)}") from problem
 
