@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import Signature
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from .errors import GMError
-from .nesting import describe, is_plain, is_ragged
+from .nesting import describe, is_plain, is_ragged, takes_all
 from .surgery import Inputs
 
 SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
@@ -49,13 +50,19 @@ def whole(inputs: Inputs) -> Inputs:
 
 
 def take(
-    data: Iterable[Any], *, samples: int = SAMPLES, device: torch.device | None = None, labels: bool = False
+    data: Iterable[Any],
+    *,
+    samples: int = SAMPLES,
+    device: torch.device | None = None,
+    labels: bool = False,
+    form: Signature | None = None,
 ) -> Taken:
     """The inputs of the first batches of a loader: at most `samples` examples and half a gigabyte.
 
     A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out unless asked for; a tensor alone is
     one batch. Inputs beside labels may be a mapping or several tensors, and a list of images beside as many mappings is
-    one argument.
+    one argument. Where the model's `forward` is of a form that takes all tensors of a batch and not the first alone,
+    they are its arguments.
 
     Raises:
         GMError: the data is empty, or a batch is something else.
@@ -65,7 +72,7 @@ def take(
     found = Taken()
     count = held = 0
     for batch in [data] if isinstance(data, Tensor | Mapping) else data:
-        inputs = inputs_of(batch, device)
+        inputs = inputs_of(batch, device, form=form)
         if labels and isinstance(batch, Mapping) and isinstance(inputs, dict) and "labels" in batch:
             inputs["labels"] = moved(batch["labels"], device)
         tensors = _tensors(inputs)
@@ -87,7 +94,13 @@ def moved(inputs: Any, device: torch.device | None) -> Any:
     return tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
 
 
-def inputs_of(batch: Any, device: torch.device | None = None) -> Inputs:
+def all_are_arguments(batch: Any, form: Signature | None) -> bool:
+    """Whether a batch is of tensors that a model of this form takes all, so that no labels are among them."""
+    several = isinstance(batch, list | tuple) and len(batch) > 1 and all(isinstance(each, Tensor) for each in batch)
+    return several and form is not None and takes_all(form, batch)
+
+
+def inputs_of(batch: Any, device: torch.device | None = None, *, form: Signature | None = None) -> Inputs:
     """What a model is called with for a batch of a loader, on a device.
 
     Raises:
@@ -96,6 +109,8 @@ def inputs_of(batch: Any, device: torch.device | None = None) -> Inputs:
     >>> inputs_of(([torch.ones(2), torch.zeros(2)], torch.tensor([0, 1])))
     [tensor([1., 1.]), tensor([0., 0.])]
     """
+    if all_are_arguments(batch, form):
+        return moved(list(batch), device)
     if isinstance(batch, list | tuple) and len(batch) == 2 and _goes_with(*batch):
         batch = batch[0]
         if not isinstance(batch, Mapping):

@@ -210,7 +210,8 @@ def _taken(model: nn.Module, data: Iterable[Any], *, samples: int, device: torch
 
     So it is with translators, which make of the labels what their decoders read.
     """
-    batches = take(data, samples=samples, device=device, labels="labels" in signature(model.forward).parameters)
+    form = signature(model.forward)
+    batches = take(data, samples=samples, device=device, labels="labels" in form.parameters, form=form)
     bare: list[Inputs] = [
         {key: each for key, each in inputs.items() if key != "labels"} if isinstance(inputs, Mapping) else inputs
         for inputs in batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Signature, signature
 from io import IOBase
 from itertools import islice
@@ -154,6 +154,15 @@ def is_one_argument(function: Callable[..., Any], inputs: Any) -> bool:
     except (TypeError, ValueError):  # of functions that are not written in Python
         return False
     return not _binds(form, **inputs) and _binds(form, inputs)
+
+
+def takes_all(form: Signature, given: Sequence[Any]) -> bool:
+    """Whether a function of this form takes all of several arguments, and not the first one alone.
+
+    >>> takes_all(signature(lambda x, y: x), [1, 2]), takes_all(signature(lambda x, y=0: x), [1, 2])
+    (True, False)
+    """
+    return _binds(form, *given) and not _binds(form, *given[:1])
 
 
 def _binds(form: Signature, /, *given: Any, **named: Any) -> bool:

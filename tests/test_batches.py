@@ -156,3 +156,22 @@ def test_a_last_batch_that_a_model_of_fixed_size_cannot_take_is_left_out(generat
     found = gm.compress(FixedBatch(), "C4", budget="90%", data=data, include="*", effort=0.1)
     assert found.model(data[0]).shape == (4, 3)
     assert len(undivided(nn.Linear(8, 8), data)) == 3, "the control"
+
+
+def test_models_of_several_arguments_are_given_all_of_a_batch() -> None:
+    class Compares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.more(torch.tanh(self.body(x)) * torch.tanh(self.body(y)))))
+
+    torch.manual_seed(0)
+    model, batch = Compares().eval(), [torch.randn(40, 8), torch.randn(40, 8)]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch), batch_size=20)
+    result = gm.compress(model, "C4", budget="75%", data=loader, effort=0.1)
+    assert [each.shape[1:] for each in result.inputs] == [(8,), (8,)]
+    assert len(gm.tune(result, loader, epochs=1, lr=1e-3).report.history) == 1
+    labelled = [(batch, torch.zeros(40, dtype=torch.long))]
+    assert gm.tune(gm.compress(model, "C4", rank=1, data=labelled), labelled, epochs=1, lr=1e-3)

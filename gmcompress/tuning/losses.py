@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ..batches import inputs_of
+from ..batches import all_are_arguments, inputs_of
 from ..calibration import IMPOSSIBLE, first_output, spread_of
 from ..errors import GMError, said
 from ..layers import GMLayer
@@ -142,13 +143,15 @@ def own_loss(output: Any) -> Tensor | None:  # ()
     return found if isinstance(found, Tensor) and not found.dim() else None
 
 
-def parts_of(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
-    """Inputs and labels of a batch, on the device.
+def parts_of(batch: Any, device: torch.device, form: Signature) -> tuple[Any, Tensor | None]:
+    """Inputs and labels of a batch, on the device, for a model whose `forward` is of this form.
 
     Raises:
         GMError: the batch is of no known kind.
     """
-    inputs, labels = inputs_of(batch, device), None
+    inputs, labels = inputs_of(batch, device, form=form), None
+    if all_are_arguments(batch, form):
+        return inputs, None
     if isinstance(batch, Mapping):
         labels = batch.get("labels")
     elif isinstance(batch, list | tuple) and len(batch) > 1:

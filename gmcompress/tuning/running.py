@@ -51,7 +51,7 @@ class Run:
         model = model.to(self.device)
         self.teacher = None if teacher is None else evaluating(duplicate(teacher, {})).to(self.device)
         self.logits: bool | None = None  # whether outputs are logits where nothing says so, known after a first batch
-        self.takes = signature(model.forward).parameters
+        self.form = signature(model.forward)
         self.ema = None
         if recipe.ema is not None:  # which copies what it is given as torch's own copies do
             self.ema = ModelEmaV3(nn.Linear(1, 1, device=self.device), decay=recipe.ema)
@@ -97,7 +97,7 @@ class Run:
 
     def loss(self, batch: Any, *, features: float = 0.0) -> Tensor:  # ()
         """The loss of one batch against teacher and labels, with this share of the weight of the blocks' outputs."""
-        inputs, labels = parts_of(batch, self.device)
+        inputs, labels = parts_of(batch, self.device, self.form)
         compared = self.features if features and self.features.student else None
         none: dict[str, Any] = {}
         watched = nullcontext(none) if compared is None else outputs_of(compared.student)
@@ -109,7 +109,7 @@ class Run:
                 seen = nullcontext(none) if compared is None else outputs_of(compared.teacher)
                 with torch.no_grad(), seen as theirs:
                     wanted = outputs_to_compare(self._called(self.teacher, inputs, labels))[0]
-        task = own_loss(output) if labels is not None and "labels" in self.takes else None
+        task = own_loss(output) if labels is not None and "labels" in self.form.parameters else None
         labels = labels if task is None else None
         if task is not None and wanted is None:
             return task
@@ -124,7 +124,7 @@ class Run:
         Raises:
             GMError: it does not run on the inputs.
         """
-        if labels is not None and "labels" in self.takes and isinstance(inputs, Mapping):
+        if labels is not None and "labels" in self.form.parameters and isinstance(inputs, Mapping):
             inputs = {**inputs, "labels": labels}
         try:
             return call(model, inputs)
@@ -238,7 +238,7 @@ class Run:
             norm.train()
         with torch.no_grad():
             for batch in islice(self.loader, self.recipe.recalibration_batches):
-                self._called(self.model, parts_of(batch, self.device)[0])
+                self._called(self.model, parts_of(batch, self.device, self.form)[0])
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         if judged and self.loss_on(judged) >= before:
