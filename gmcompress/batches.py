@@ -61,8 +61,8 @@ def take(
 
     A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out unless asked for; a tensor alone is
     one batch. Inputs beside labels may be a mapping or several tensors, and a list of images beside as many mappings is
-    one argument. Where the model's `forward` is of a form that takes all tensors of a batch and not the first alone,
-    they are its arguments.
+    one argument. Where the model's `forward` is of a form that takes all tensors of a batch, or all but the last, and
+    not the first alone, they are its arguments.
 
     Raises:
         GMError: the data is empty, or a batch is something else.
@@ -94,10 +94,14 @@ def moved(inputs: Any, device: torch.device | None) -> Any:
     return tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, inputs)
 
 
-def all_are_arguments(batch: Any, form: Signature | None) -> bool:
-    """Whether a batch is of tensors that a model of this form takes all, so that no labels are among them."""
-    several = isinstance(batch, list | tuple) and len(batch) > 1 and all(isinstance(each, Tensor) for each in batch)
-    return several and form is not None and takes_all(form, batch)
+def count_arguments(batch: Any, form: Signature | None) -> int:
+    """How many tensors of a batch, from the first on, are arguments of a model of this form that needs several.
+
+    They are all, or all but the labels behind them; 0 where the form does not tell.
+    """
+    several = isinstance(batch, list | tuple) and all(isinstance(each, Tensor) for each in batch)
+    counts = (len(batch), len(batch) - 1) if several and form is not None else ()
+    return next((each for each in counts if each > 1 and form and takes_all(form, batch[:each])), 0)
 
 
 def inputs_of(batch: Any, device: torch.device | None = None, *, form: Signature | None = None) -> Inputs:
@@ -109,8 +113,8 @@ def inputs_of(batch: Any, device: torch.device | None = None, *, form: Signature
     >>> inputs_of(([torch.ones(2), torch.zeros(2)], torch.tensor([0, 1])))
     [tensor([1., 1.]), tensor([0., 0.])]
     """
-    if all_are_arguments(batch, form):
-        return moved(list(batch), device)
+    if count := count_arguments(batch, form):
+        return moved(list(batch[:count]), device)
     if isinstance(batch, list | tuple) and len(batch) == 2 and _goes_with(*batch):
         batch = batch[0]
         if not isinstance(batch, Mapping):

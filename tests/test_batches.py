@@ -173,5 +173,11 @@ def test_models_of_several_arguments_are_given_all_of_a_batch() -> None:
     result = gm.compress(model, "C4", budget="75%", data=loader, effort=0.1)
     assert [each.shape[1:] for each in result.inputs] == [(8,), (8,)]
     assert len(gm.tune(result, loader, epochs=1, lr=1e-3).report.history) == 1
-    labelled = [(batch, torch.zeros(40, dtype=torch.long))]
-    assert gm.tune(gm.compress(model, "C4", rank=1, data=labelled), labelled, epochs=1, lr=1e-3)
+    labels, losses = torch.zeros(40, dtype=torch.long), []
+    for labelled in ([(batch, labels)], [(*batch, labels)]):
+        small = gm.compress(model, "C4", rank=1, data=labelled)
+        tuned = gm.tune(small, labelled, epochs=1, lr=1e-3, distillation=0.0)
+        losses.append(tuned.report.history[0]["loss"])
+    assert losses[0] == losses[1]
+    with pytest.raises(gm.GMError, match="labels"):
+        gm.tune(small.model, [batch], epochs=1, lr=1e-3)

@@ -43,17 +43,18 @@ def fine_tune(
     """A fine-tuned copy of the model, in evaluation mode, and one row of history per epoch.
 
     A batch is (inputs, labels), inputs alone, or a mapping with or without "labels"; inputs beside labels may be
-    several tensors, or a mapping. Outputs are logits where the model calls them so, where labels are integers, or else
-    where a classifier is the last layer to run. Without labels the loss is distillation alone, without a teacher it is
-    the task alone. Every epoch draws its random numbers from (seed, epoch), so that with a `folder` of checkpoints,
-    written after each epoch, `resume=True` with the same model and teacher goes on exactly where the last complete
-    epoch ended. `evaluate(model)` returns further columns of the history, such as an accuracy. Where the learning rate
-    was tried, the first row has a column `trial`: JSON with the rate chosen, the loss of each (null where it was not
-    finite), the steps of each and the seconds of all. `progress(epoch, step, steps, loss)` is called after every step,
-    in the trial with -1 as the epoch, and `each_epoch(row)` with the row of history of every epoch as soon as its
-    checkpoint is written. Runs through accelerate: on the CPU, one GPU, or several when launched by `accelerate
-    launch`, where each process calls both; there parameters may lack a gradient in later batches only if some do in the
-    first one.
+    several tensors, or a mapping, and several that the model needs may stand there without brackets. Outputs are
+    logits where the model calls them so, where labels are integers, or else where a classifier is the last layer to
+    run. Without labels the loss is distillation alone, without a teacher it is the task alone. Every epoch draws
+    its random numbers from (seed, epoch), so that with a `folder` of checkpoints, written after each epoch,
+    `resume=True` with the same model and teacher goes on exactly where the last complete epoch ended.
+    `evaluate(model)` returns further columns of the history, such as an accuracy. Where the learning rate was
+    tried, the first row has a column `trial`: JSON with the rate chosen, the loss of each (null where it was not
+    finite), the steps of each and the seconds of all. `progress(epoch, step, steps, loss)` is called after every
+    step, in the trial with -1 as the epoch, and `each_epoch(row)` with the row of history of every epoch as soon as
+    its checkpoint is written. Runs through accelerate: on the CPU, one GPU, or several when launched by `accelerate
+    launch`, where each process calls both; there parameters may lack a gradient in later batches only if some do in
+    the first one.
 
     Raises:
         GMError: an empty loader, a teacher with other outputs, neither teacher nor labels, a loss that is not finite,

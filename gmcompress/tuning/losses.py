@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ..batches import all_are_arguments, inputs_of
+from ..batches import count_arguments, inputs_of
 from ..calibration import IMPOSSIBLE, first_output, spread_of
 from ..errors import GMError, said
 from ..layers import GMLayer
@@ -150,9 +150,9 @@ def parts_of(batch: Any, device: torch.device, form: Signature) -> tuple[Any, Te
         GMError: the batch is of no known kind.
     """
     inputs, labels = inputs_of(batch, device, form=form), None
-    if all_are_arguments(batch, form):
-        return inputs, None
-    if isinstance(batch, Mapping):
+    if count := count_arguments(batch, form):
+        labels = batch[count] if count < len(batch) else None
+    elif isinstance(batch, Mapping):
         labels = batch.get("labels")
     elif isinstance(batch, list | tuple) and len(batch) > 1:
         labels = batch[1]
