@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,6 +11,18 @@ import torch
 from torch import nn
 
 from .copies import parameters_of
+
+
+@contextmanager
+def own_random_numbers(devices: Iterable[torch.device] | None = None) -> Iterator[None]:
+    """Random numbers drawn inside leave the caller's streams where they were, on the CPU and these devices, or all."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(None if devices is None else list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 @contextmanager
@@ -24,12 +36,7 @@ def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
     True
     """
     devices = {each.device for each in parameters_of(model).values() if each.is_cuda}
-    plain, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    with own_random_numbers(devices):
         for start in (torch.manual_seed, random.seed, np.random.seed):
             start(seed)
-        try:
-            yield
-        finally:
-            random.setstate(plain)
-            np.random.set_state(numpy)
+        yield

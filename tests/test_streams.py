@@ -49,6 +49,7 @@ def test_all_is_done_without_the_streams_of_the_caller():
     assert gm.doctor(model, batches[0], "C4").works
     gm.freeze(result)
     gm.measure(model, batches[0])
+    gm.tune(result, batches, epochs=1, lr=1e-3, ema=0.9)
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])

@@ -17,16 +17,18 @@ from ..checkpoints import load_checkpoint, save_checkpoint
 from ..copies import duplicate
 from ..errors import GMError
 from ..files import usable
+from ..streams import own_random_numbers
 from ..surgery import check_model
 from .factors import balance_
 from .recipe import Recipe
-from .running import Progress, Run, own_random_numbers, seed_all
+from .running import Progress, Run, seed_all
 from .trial import decide
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 EachEpoch = Callable[[dict[str, Any]], None]  # the row of history of an epoch
 
 
+@own_random_numbers()
 @torch.inference_mode(False)  # a caller may have turned gradients off
 def fine_tune(
     model: nn.Module,
@@ -76,22 +78,21 @@ def fine_tune(
         if folder is None:
             raise GMError("resume=True needs the folder of the checkpoints")
         history, decided = load_checkpoint(folder, run.state(), asdict(recipe))
-    with own_random_numbers():
-        if not history:
-            decided = _begin(run, begun, progress)
-        for epoch in range(len(history), math.ceil(decided["steps"] / run.steps)):
-            seed_all(recipe.seed, epoch + 1)
-            row = run.epoch(epoch, steps=decided["steps"], peak=decided["lr"], progress=progress)
-            if epoch == 0 and decided["trial"] is not None:
-                row["trial"] = json.dumps(decided["trial"])
-            if evaluate is not None:
-                row.update(evaluate(run.result()))
-            history.append(row)
-            if folder is not None and run.accelerator.is_main_process:
-                save_checkpoint(folder, run.state(), history, asdict(recipe), decided=decided)
-            if each_epoch is not None:
-                each_epoch(dict(row))
-            run.accelerator.wait_for_everyone()
+    if not history:
+        decided = _begin(run, begun, progress)
+    for epoch in range(len(history), math.ceil(decided["steps"] / run.steps)):
+        seed_all(recipe.seed, epoch + 1)
+        row = run.epoch(epoch, steps=decided["steps"], peak=decided["lr"], progress=progress)
+        if epoch == 0 and decided["trial"] is not None:
+            row["trial"] = json.dumps(decided["trial"])
+        if evaluate is not None:
+            row.update(evaluate(run.result()))
+        history.append(row)
+        if folder is not None and run.accelerator.is_main_process:
+            save_checkpoint(folder, run.state(), history, asdict(recipe), decided=decided)
+        if each_epoch is not None:
+            each_epoch(dict(row))
+        run.accelerator.wait_for_everyone()
     return run.finish(), history
 
 

@@ -21,6 +21,7 @@ from ..calibration import ends_in_classes
 from ..copies import duplicate, evaluating, parameters_of
 from ..errors import GMError, said
 from ..nesting import describe
+from ..streams import own_random_numbers
 from ..surgery import Inputs, call
 from .factors import Annealing, Decay
 from .losses import Features, distillation_loss, outputs_of, outputs_to_compare, own_loss, parts_of
@@ -304,15 +305,3 @@ def seed_all(seed: int, *stream: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)  # augmentations of timm draw from numpy's global stream
     torch.manual_seed(mixed)
-
-
-@contextmanager
-def own_random_numbers() -> Iterator[None]:
-    """Random numbers drawn inside leave the caller's streams where they were."""
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
