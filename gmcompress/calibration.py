@@ -115,10 +115,9 @@ class Gradients:
 def output_gradients(
     model: nn.Module, batches: Iterable[Inputs], names: Sequence[str], *, logits: bool, seed: int = 0
 ) -> dict[str, Gradients]:
-    """What each layer's gradients tell, those of the log-likelihood of a label drawn from the model's own prediction.
+    """What each layer's gradients tell, those of a random `projection` of the outputs.
 
-    For outputs that are no logits they are those of a random projection. So the moments are the layers' factors of the
-    Fisher information. Layers that no gradient reaches are left out.
+    So the moments are the layers' factors of the Fisher information. Layers that no gradient reaches are left out.
 
     Source: Martens and Grosse 2015, K-FAC; Grosse and Martens 2016 for convolutions.
     """
@@ -197,10 +196,10 @@ def differentiable(output: Tensor) -> Tensor:
 
 
 def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, *, logits: bool) -> Tensor | None:
-    """The outputs, after a backward pass of their `likelihood`; None where the code lets no gradient through."""
+    """The outputs, after a backward pass of their `projection`; None where the code lets no gradient through."""
     try:
         output = first_output(call(model, inputs))
-        score = likelihood(output, generator, logits=logits)
+        score = projection(output, generator, logits=logits)
         if score.requires_grad:
             score.backward()
             return output.detach()
@@ -212,16 +211,22 @@ def backpropagate(model: nn.Module, inputs: Inputs, generator: torch.Generator, 
     return None
 
 
-def likelihood(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
-    """The log-likelihood of labels drawn from the prediction; for outputs that are no logits a random projection."""
-    if not (logits and are_classes(output)):
-        signs = torch.randint(0, 2, output.shape, generator=generator, device="cpu").to(output) * 2 - 1
-        return (output * signs).sum()
-    values = classes_last(output).float().log_softmax(-1)
+def projection(output: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:  # ()
+    """The outputs summed with random signs; of logits, the log-probabilities, each by the root of its probability.
+
+    The gradients of that have the second moments that those of the log-likelihood of a label drawn from the prediction
+    have: with probabilities p both are diag(p) − p pᵀ at the logits. But labels that are unlikely are drawn rarely, and
+    then weigh much, so that far more of them would have to be drawn for moments as sure.
+    """
+    classes = logits and are_classes(output)
+    values = classes_last(output).float().log_softmax(-1) if classes else output
+    signs = torch.randint(0, 2, values.shape, generator=generator, device="cpu").to(values) * 2 - 1
+    if not classes:
+        return (values * signs).sum()
     if values.isnan().any():
         raise GMError("the model's outputs on the calibration data are not finite, so they cannot be compared")
-    labels = torch.multinomial(values.detach().exp().cpu(), 1, generator=generator).to(values.device)
-    return values.gather(1, labels).sum()
+    ruled_out = values.detach().isinf()  # their probabilities, and gradients, are 0
+    return (values.masked_fill(ruled_out, 0.0) * signs * (values.detach() / 2).exp()).sum()
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -186,9 +186,8 @@ def expected_divergences(
     """The divergence that each low rank of each layer by itself causes, to second order in what it changes.
 
     That is half of the mean of ⟨g, δ⟩², δ what it adds to the layer's outputs of one example and g the gradients there
-    of the log-likelihood of a label drawn from the model's own prediction; for outputs that are no logits likewise with
-    a random projection. Layers that no gradient reaches, and those of which the inputs are changed by later code, are
-    left out.
+    of a random `projection` of the model's. Layers that no gradient reaches, and those of which the inputs are changed
+    by later code, are left out.
 
     Source: Martens 2020, New insights and perspectives on the natural gradient method, for the expansion.
     """

@@ -30,9 +30,8 @@ def sensitivities(
 ) -> dict[str, list[Tensor]]:
     """For every module, for each output tensor, the mean squared gradient at each place, damped, of mean 1.
 
-    The gradients are those of the log-likelihood of labels drawn from the model's own prediction (of random projections
-    where outputs are no logits). The shapes are those of one example; modules whose outputs change their shapes from
-    batch to batch, or that no gradient reaches, are left out.
+    The gradients are those of a random `projection` of the outputs. The shapes are those of one example; modules whose
+    outputs change their shapes from batch to batch, or that no gradient reaches, are left out.
 
     Source: Li et al. 2021, BRECQ, section 3.3, there for each example by itself.
     """

@@ -9,7 +9,7 @@ from test_moments import Tokens
 from torch import Generator, Tensor, nn
 
 import gmcompress as gm
-from gmcompress.calibration import divergence, norms_after, output_gradients, outputs
+from gmcompress.calibration import divergence, norms_after, output_gradients, outputs, projection
 from gmcompress.errors import GMError
 from gmcompress.moments import Moments
 
@@ -121,6 +121,28 @@ def test_output_gradients_are_those_of_the_fisher_information(generator: Generat
         assert float(torch.linalg.eigvalsh(found[name]).min()) > -1e-6
     again = output_gradients(model, [x], ["0", "2", "4"], logits=True)
     assert all(torch.equal(again[name].moment, found[name]) for name in found)
+
+
+def test_projections_of_logits_tell_more_surely_than_labels_drawn(generator: Generator) -> None:
+    """⟨g, δ⟩² has the same mean, and with likely labels a far smaller spread; classes that are ruled out have none."""
+    logits = torch.tensor([6.0, 1.0, 0.0, -float("inf"), 2.0], dtype=torch.float64).requires_grad_()
+    p, change = logits.softmax(-1).detach(), torch.tensor([0.3, -1.0, 2.0, 5.0, 0.5], dtype=torch.float64)
+    squares: dict[str, list[Tensor]] = {"projection": [], "label": []}
+    for _ in range(2000):
+        label = torch.multinomial(p, 1, generator=generator)
+        scores = {
+            "projection": projection(logits[None], generator, logits=True),
+            "label": logits.log_softmax(-1).gather(0, label).sum(),
+        }
+        for name, score in scores.items():
+            (gradient,) = torch.autograd.grad(score, logits)
+            assert gradient[3] == 0
+            squares[name].append((gradient * change).sum().square())
+    means = {name: torch.stack(each).mean() for name, each in squares.items()}
+    expected = (p * change.square()).sum() - (p * change).sum().square()
+    assert abs(means["projection"] / expected - 1) < 0.15
+    spread = {name: torch.stack(each).std() for name, each in squares.items()}
+    assert spread["projection"] < 0.3 * spread["label"]
 
 
 def test_places_count_by_their_mean_squared_gradients(generator: Generator) -> None:
