@@ -143,7 +143,7 @@ def test_with_a_rank_there_is_nothing_to_calibrate(settings, out):
 
 
 def test_calibration_on_what_is_judged_on_is_refused(settings, tmp_path):
-    settings |= {"num_classes": 2, "dataset": "", "data_dir": str(tmp_path / "data")}
+    settings |= {"num_classes": 2, "dataset": "", "data_dir": str(tmp_path / "data"), "workers": 0}
     torch.manual_seed(0)
     dense = timm.create_model("test_resnet", num_classes=2, in_chans=1, channels=(8, 12, 12, 16))
     save_file(dense.state_dict(), settings["checkpoint"])
@@ -152,7 +152,7 @@ def test_calibration_on_what_is_judged_on_is_refused(settings, tmp_path):
         compress_run(settings, tmp_path / "out")
     with pytest.raises(GMError, match=r"no training images apart from those for validation.*--no-calibrate"):
         plan_run(settings | {"data_dir": str(tmp_path / "data" / "val")})
-    report = compress_run(settings | {"calibrate": False, "workers": 0}, tmp_path / "out")
+    report = compress_run(settings | {"calibrate": False}, tmp_path / "out")
     assert report.settings["calibration"] == WEIGHTS_ALONE
     assert set(report.accuracy) == {"dense", "compressed"}
 
