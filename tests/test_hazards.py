@@ -449,11 +449,11 @@ def test_lists_may_have_another_length():
             return {"answers": found, "last": found[-1]}
 
     torch.manual_seed(0)
-    model, x = Exits().eval(), torch.randn(8, 8)
-    result = gm.compress(model, "C4", budget="75%", data=[x], effort=0.1)
-    counts = [len(each(x)["answers"]) for each in (model, result.model)]
+    model, data = Exits().eval(), [torch.randn(8, 8) for _ in range(10)]
+    result = gm.compress(model, "C4", budget="75%", data=data, effort=0.1)
+    counts = [[len(each(x)["answers"]) for x in data] for each in (model, result.model)]
     assert counts[0] != counts[1]
-    assert gm.tune(result, [x], epochs=1, lr=1e-3).model(x)["answers"]
+    assert gm.tune(result, data, epochs=1, lr=1e-3).model(data[0])["answers"]
 
 
 def test_outputs_that_a_low_rank_makes_infinite_say_what_to_do():
