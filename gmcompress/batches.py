@@ -99,9 +99,9 @@ def count_arguments(batch: Any, form: Signature | None) -> int:
 
     They are all, or all but the labels behind them; 0 where the form does not tell.
     """
-    several = isinstance(batch, list | tuple) and all(isinstance(each, Tensor) for each in batch)
-    counts = (len(batch), len(batch) - 1) if several and form is not None else ()
-    return next((each for each in counts if each > 1 and form and takes_all(form, batch[:each])), 0)
+    if form is None or not _are_tensors(batch):
+        return 0
+    return next((each for each in (len(batch), len(batch) - 1) if each > 1 and takes_all(form, batch[:each])), 0)
 
 
 def inputs_of(batch: Any, device: torch.device | None = None, *, form: Signature | None = None) -> Inputs:
@@ -132,8 +132,12 @@ def inputs_of(batch: Any, device: torch.device | None = None, *, form: Signature
 
 def _goes_with(inputs: Any, labels: Any) -> bool:
     """Whether these are a mapping or several tensors, all arguments of a model, beside one tensor of labels."""
-    several = isinstance(inputs, list | tuple) and bool(inputs) and all(isinstance(each, Tensor) for each in inputs)
-    return isinstance(labels, Tensor) and (several or isinstance(inputs, Mapping))
+    return isinstance(labels, Tensor) and (_are_tensors(inputs) or isinstance(inputs, Mapping))
+
+
+def _are_tensors(given: Any) -> bool:
+    """Whether it is a list or tuple of tensors, one at least."""
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, Tensor) for each in given)
 
 
 def _is_detection(batch: Any) -> bool:

@@ -105,7 +105,6 @@ def refit_blocks(
     wanted, had = outputs(dense, held), {key: each.detach().clone() for key, each in parameters_of(small).items()}
     before = divergence(wanted, outputs(small, held), logits=logits)
     done: list[Refit] = []
-    rates = _Rates()
     walk = _Walk(dense, small, pieces)
     names = walk.order(find_blocks(small))
     weights = sensitivities(dense, pieces[: -(-SENSED // SIZE)], names, logits=logits, seed=seed)
@@ -118,10 +117,10 @@ def refit_blocks(
             if kept is not None:
                 _put(tensors, kept[1])
                 done.append(Refit(name, **kept[0]))
-                rates.note(done[-1].rate)
             elif tensors and (steps := walk.steps(name)):
                 measure = _Measure(steps, weights.get(name))
-                found = _refit(name, block, list(tensors.values()), steps, measure, rates, passes=passes, seed=seed)
+                helped = [each.rate for each in done if each.rate > 0]
+                found = _refit(name, block, list(tensors.values()), steps, measure, helped, passes=passes, seed=seed)
                 done += [] if found is None else [found]
                 if notes is not None and found is not None:
                     facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
@@ -174,14 +173,15 @@ def _refit(
     parameters: Sequence[Tensor],
     steps: Sequence[_Step],
     measure: _Measure,
-    rates: _Rates,
+    helped: Sequence[float],
     *,
     passes: int,
     seed: int,
 ) -> Refit | None:
     """Adam with a rate from a trial, falling to zero; undone where held-out steps do not bear it out.
 
-    None where the block does not give what the dense one gives, since what runs inside depends on values.
+    The rates that `helped` the blocks before speak for this one where a trial would cost more than the steps do. None
+    where the block does not give what the dense one gives, since what runs inside depends on values.
     """
     held = steps[HELD_OUT // 2 :: HELD_OUT]
     used = [each for index, each in enumerate(steps) if index % HELD_OUT != HELD_OUT // 2]
@@ -193,8 +193,12 @@ def _refit(
         return None
     after, rate = before, 0.0
     try:
-        rate = rates.choose(descent, before, len(used) * passes)
-        after = descent.run(rate, len(used) * passes)
+        count = len(used) * passes
+        if count < TRIAL * len(RATES) and len(helped) >= TRIED:
+            rate = median_low(helped)
+        else:
+            rate = LONGER * descent.choose(before, min(TRIAL, count))
+        after = descent.run(rate, count)
     except Exception:  # of any kind: what gives no gradients is left as it was
         pass
     finally:
@@ -202,25 +206,7 @@ def _refit(
             descent.start_again()
             after, rate = before, 0.0
         descent.close()
-    rates.note(rate)
     return Refit(name, before, after, rate)
-
-
-class _Rates:
-    """The rates that helped the blocks until now, from which those of others follow where a trial costs too much."""
-
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def note(self, rate: float) -> None:
-        """Remember the rate of a block that was refitted; 0.0 is none."""
-        self.found += [rate] if rate > 0 else []
-
-    def choose(self, descent: _Descent, before: float, count: int) -> float:
-        """The rate for so many steps of a block whose error is `before`."""
-        if count < TRIAL * len(RATES) and len(self.found) >= TRIED:
-            return median_low(self.found)
-        return LONGER * descent.choose(before, min(TRIAL, count))
 
 
 class _Descent:

@@ -277,19 +277,20 @@ def linear(
     >>> linear(torch.tensor([[1.0, 2.0, 3.0]]), shift, Structure.parse("C3")).round(decimals=4).tolist()
     [[2.0, 3.0, 1.0]]
     """
-    if not torch.compiler.is_compiling() and not given.numel():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not given.numel():
         one = torch.cat([given.reshape(0, given.shape[-1]), given.new_zeros(1, given.shape[-1])])
         single = linear(one, ready, structure, bias, layout=layout)
         return single[:0].reshape(*given.shape[:-1], single.shape[-1])
     rows, shape = given.reshape(-1, given.shape[-1]), (*given.shape[:-1], -1)
-    few = SPECTRUM in ready and rows.shape[0] <= ROWS and not torch.compiler.is_compiling()
+    few = not compiling and SPECTRUM in ready and rows.shape[0] <= ROWS
     if few and not (rows.is_cuda or interpret):
         return _few(rows, ready, structure, bias).view(shape)
     if structure.group is None:
         return _rows_product(rows, ready, structure, None, bias).reshape(shape)
     layout = layout or layout_of(structure.group)
     plain = partial(_rows_product, structure=structure, layout=layout, bias=bias)
-    if torch.compiler.is_compiling():
+    if compiling:
         return plain(rows, ready).reshape(shape)
     if few:
         plain = partial(_few, structure=structure, bias=bias)
