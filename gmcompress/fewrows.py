@@ -79,7 +79,8 @@ def few_rows(
         found = torch.addbmm(start, found.view(size, -1, wide), second, beta=int(early))
     found = found.view(samples, -1)
     if GATES in ready:
-        found = _gated(found, ready[GATES].to(found.dtype))
+        gates = ready[GATES].to(found.dtype)
+        found = gated(found.view(samples, -1, gates.shape[1]), gates[None], 1)
     return found if bias is None or early else found + bias.to(found.dtype)
 
 
@@ -90,9 +91,9 @@ def _coupled(found: Tensor, spectrum: Tensor, samples: int, size: int) -> Tensor
     return (spectrum * found.view(-1, samples, 1, spectrum.shape[3])).sum(0)
 
 
-def _gated(found: Tensor, gates: Tensor) -> Tensor:  # (N, (1+r)·rows), (r, rows) -> (N, rows)
-    """f⋆x + Σ_k a_k ⊙ (b_k⋆x)."""
-    whole, *parts = found.view(found.shape[0], -1, gates.shape[1]).unbind(1)
-    for part, gate in zip(parts, gates.unbind(0), strict=True):
+def gated(signals: Tensor, gates: Tensor, axis: int) -> Tensor:
+    """f⋆x + Σ_k a_k ⊙ (b_k⋆x): the signals have 1 + r parts along an axis, and the gates r."""
+    whole, *parts = signals.unbind(axis)
+    for part, gate in zip(parts, gates.unbind(axis), strict=True):
         whole = torch.addcmul(whole, part, gate)
     return whole

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import kernels
 from .errors import GMError
 from .factored import Window, factor_conv2d, factor_linear
-from .fewrows import ROWS, SPECTRUM, few_rows, prepare_few
+from .fewrows import ROWS, SPECTRUM, few_rows, gated, prepare_few
 from .fourier import Fourier, Irreducibles, fourier_axes
 from .groups import Group
 from .structure import Structure
@@ -234,17 +234,6 @@ def _coupled(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, window
     return _joined(pieces, layout.choices).reshape(batch, blocks, order, *new)
 
 
-def _gated(signal: Tensor, gates: Tensor) -> Tensor:  # (batch, o·(1+r), n, positions), (o, r, n) -> (batch, o, n, ...)
-    """f⋆x + Σ_k a_k ⊙ (b_k⋆x)."""
-    o, rank, n = gates.shape
-    apart = signal.reshape(signal.shape[0], o, 1 + rank, n, -1)
-    weights = gates.to(signal.dtype)[None, :, :, :, None]
-    found = apart[:, :, 0]
-    for number in range(rank):
-        found = torch.addcmul(found, apart[:, :, 1 + number], weights[:, :, number])
-    return found
-
-
 def _group_product(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, window: Window | None) -> Tensor:
     """The group part applied to (batch, i, n, *positions)."""
     bases = [ready[f"basis{number}"] for number in range(len(layout.lengths))]
@@ -254,7 +243,9 @@ def _group_product(signal: Tensor, ready: Mapping[str, Tensor], layout: Layout, 
     size = tuple(coupled.shape[3:])
     found = _transformed(coupled.reshape(*coupled.shape[:3], -1), bases, back=True)
     if "gates" in ready:
-        found = _gated(found, ready["gates"])
+        o, rank, n = ready["gates"].shape
+        gates = ready["gates"].to(found.dtype)[None, :, :, :, None]
+        found = gated(found.reshape(found.shape[0], o, 1 + rank, n, -1), gates, 2)
     return found.reshape(*found.shape[:3], *size)
 
 
