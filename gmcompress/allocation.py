@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 def subject_of(site: Site, weight: Tensor, metric: Metric, *, positions: int | None) -> Subject:
     """What the table needs to know of one layer."""
     exact = exactness(weight)
-    return Subject(weight.to(exact), metric.to(exact), site.conv_groups, positions, weight.element_size())
+    return Subject(weight.to(exact), metric.to(exact), site.conv_groups, positions, weight.element_size(), site.taps)
 
 
 def tabulate(
@@ -192,7 +192,7 @@ def check_budgets(table: Table, dense: nn.Module, group: Group | None, budgets: 
         known: dict[str, list[Candidate]] = {}
         for site in table.eligible.free:
             own = _fitting(dense, site.name, group)
-            found = offered(site.shape, own, conv_groups=site.conv_groups, grids=grids)
+            found = offered(site.shape, own, conv_groups=site.conv_groups, grids=grids, taps=site.taps)
             known[site.name] = table.priced(site.name, found)
         check_reachable(replace(table, candidates=known).whole(), limits, **facts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import gcd, prod
@@ -23,7 +23,7 @@ from .lowranks import LowRanks, low_ranks
 from .products import why_slow
 from .projection import project
 from .selection import Candidate
-from .structure import Structure, expand
+from .structure import KINDS, MAX_TERMS, Separable, Structure, expand
 
 SHARES = (0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.48, 0.64, 0.84)  # of the dense weight: sizes offered
 GRIDS = (4, 8, 16)  # blocks along each side of an adapted basis
@@ -47,6 +47,7 @@ class Subject:
     conv_groups: int = 1
     positions: int | None = None  # outputs of one example to which the weight is applied; None where unknown
     itemsize: int = 4  # bytes of a stored number
+    taps: str = ""  # how the taps lie on a grid of two subgroups, where that is known
     factored: dict[bool, LowRanks] = field(default_factory=dict, compare=False, repr=False)  # those asked for, by view
 
     @property
@@ -145,8 +146,9 @@ def rank_within(shape: Sequence[int], limit: int, *, grid: tuple[int, int] | Non
 def candidates(subject: Subject, group: Group | None, *, effort: float = 1.0) -> list[Candidate]:
     """The candidates of one layer, dense among them, each with the relative loss of its fit; dominated ones left out.
 
-    Low ranks in both views, adapted bases on the grid of blocks that suits the layer, and the group matrices of every
-    quotient of `group` that fits, with displacement ranks up to 2. Along each family the fits are nested: a larger
+    Low ranks in both views, adapted bases on the grid of blocks that suits the layer, separable kernels where the taps
+    are known to lie on a grid of two subgroups, and the group matrices of every quotient of `group` that fits, with
+    displacement ranks up to 2. Along each family the fits are nested: a larger
     rank starts from the smaller one's fit, so that more parameters never give a larger loss. `effort` multiplies what
     the fits may take.
     """
@@ -157,6 +159,9 @@ def candidates(subject: Subject, group: Group | None, *, effort: float = 1.0) ->
         found += _adapted(subject, split=split, effort=effort)
     else:
         found += _estimated(subject, lower, split=split, effort=effort)
+    for structure in _separables(subject.shape, subject.taps):
+        fitted = expand(project(subject.weight, structure).tensors, structure, subject.shape)
+        found.append(subject.candidate(structure, subject.relative_loss(fitted)))
     if group is not None:
         found += _group_matrices(subject, group, lower)
     return undominated(found)
@@ -168,6 +173,7 @@ def offered(
     *,
     conv_groups: int = 1,
     grids: bool = True,
+    taps: str = "",
 ) -> list[Structure | None]:
     """The structures among which `candidates` finds those of a weight of this shape, known before any fit; None: dense.
 
@@ -182,6 +188,7 @@ def offered(
         found += [Structure.factors(rank, split=split) for rank in _ladder(shape, split=split)]
     for grid in grids_of(shape) if grids else []:
         found += [Structure.factors(rank, grid=grid, split=split) for rank in _ladder(shape, grid, split=split)]
+    found += _separables(shape, taps)
     return found if group is None else [*found, *_group_structures(shape, group, conv_groups)]
 
 
@@ -353,6 +360,16 @@ def _group_matrices(subject: Subject, group: Group, lower: Sequence[Candidate]) 
         at_best = subject.candidate(structure, subject.least_loss(found))
         if not any(beats(each, at_best) for each in lower):
             yield subject.candidate(structure, subject.relative_loss(found))
+
+
+def _separables(shape: Sequence[int], taps: str) -> Iterator[Structure]:
+    """Sums of separable kernels of every kind: of as many terms as each share of the dense numbers allows."""
+    for kind in KINDS[1:] if taps else ():
+        each = Separable(kind, 1).on(taps)
+        alone = sum(map(prod, each.shapes(shape).values()))
+        for terms in sorted({int(share * prod(shape)) // alone for share in SHARES} - {0}):
+            if terms <= MAX_TERMS:
+                yield Structure.kernels(replace(each, terms=terms))
 
 
 def _group_structures(shape: Sequence[int], group: Group, conv_groups: int) -> Iterator[Structure]:

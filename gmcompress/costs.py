@@ -52,7 +52,9 @@ def multiply_adds(
 
 
 def expansion_macs(structure: Structure, shape: tuple[int, ...]) -> int:
-    """Multiply-adds that compute the dense weight: gates × filters, scales × right, and left × right."""
+    """Multiply-adds that compute the dense weight: gates × filters, scales × right, left × right, or terms."""
+    if structure.separable is not None:
+        return structure.separable.terms * prod(shape)
     gates = structure.displacement * prod(shape) if structure.displacement else 0
     scaled = 0 if structure.grid is None else structure.grid[0] * prod(structure.shapes(shape)["right"])
     return gates + scaled + structure.lowrank * prod(shape)

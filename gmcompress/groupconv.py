@@ -16,10 +16,11 @@ from .groups import Group, as_given, ball, embed, factor_generators, word_length
 from .groups import group as parse
 from .groups.group import Indices
 from .linalg import usual_strides
-from .separation import Factors, check_kind, combine, grid_of, separate, shapes
+from .separation import Factors, grid_of, separate, tap_grid
 from .sharing import SharingModule, shared_tensor
 from .signals import flat_signal, shaped_signal
 from .stencils import Stencil, depthwise, find_stencil, multiply
+from .structure import check_kind, combine, separable_shapes
 
 RESIDUALS = ("displacement", "row", "diagonal")
 
@@ -137,7 +138,7 @@ class GroupConv(SharingModule):
             found: dict[str, tuple[int, ...]] = {"kernel": (o, i, taps)}
         else:
             sizes = (taps, 1) if self.grid is None else (len(self.grid[0]), len(self.grid[1]))
-            found = shapes(self.kind, o, i, sizes, self.terms)
+            found = separable_shapes(self.kind, o, i, sizes, self.terms)
         if self.rank:
             if self.residual != "row":
                 found["gates"] = (o, self.rank, len(self.stencil.members))
@@ -219,6 +220,15 @@ class GroupConv(SharingModule):
     def _operand(self, part: str) -> Tensor:
         """A stored tensor as products take it."""
         return usual_strides(getattr(self, part))
+
+    @property
+    def tap_grid(self) -> str:
+        """How the taps lie on the grid of two subgroups, those of `factors` or those that the group names.
+
+        >>> GroupConv("C8xC8", 1, 1, radius=1).tap_grid
+        '3x3<0-3,6>'
+        """
+        return str(tap_grid(self.group, self.stencil.taps, self.factors))
 
     def full_kernel(self) -> Tensor:  # (o, i, taps)
         """The kernel on all taps that the stored tensors stand for, without the residual; differentiable."""

@@ -31,6 +31,7 @@ LAYOUTS: dict[type[nn.Module] | str, dict[str, str]] = {
         ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), "oi"
     ),
     "transformers.pytorch_utils.Conv1D": {"weight": "io"},
+    "gmcompress.groupconv.GroupConv": {"kernel": "oik", "filters": "ooik"},
 }
 # the matrices of all experts of a layer in one parameter (experts, outputs, inputs), as transformers names the classes
 EXPERTS = re.compile(r"transformers\.models\.\w+\.modeling_\w+\.\w*Experts")
@@ -164,6 +165,15 @@ def view_of(module: nn.Module, key: str, parameter: Tensor) -> View | None:
     transposed = letters.index("i") < letters.index("o")
     groups = getattr(module, "groups", 1) if transposed and "k" in letters else 1
     return View(letters, tuple(parameter.shape), groups)
+
+
+def taps_of(module: nn.Module, key: str) -> str:
+    """How the taps of a module's matrix lie on a grid, as `TapGrid` writes it; "" where the module does not say.
+
+    A module says so by an attribute `tap_grid`, a text.
+    """
+    found = getattr(module, "tap_grid", "") if "k" in layouts_of(type(module)).get(key, "") else ""
+    return found if isinstance(found, str) else ""
 
 
 def check_registered(module: nn.Module, names: Iterable[str]) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .errors import GMError, shown
 from .liegrids import LieGrid, taper
-from .separation import check_kind, combine, shapes
 from .siren import Siren
+from .structure import check_kind, combine, separable_shapes
 
 EDGE = 0.5  # of the radius, where a kernel begins to fade
 
@@ -108,7 +108,7 @@ class LieConv(nn.Module):
         if self.kind == "nonseparable":
             self.channels: dict[str, tuple[int, ...]] = {"kernel": (1, o, i)}
         else:
-            found = shapes(self.kind, o, i, (1, 1), self.terms)  # with an axis for each of x and h
+            found = separable_shapes(self.kind, o, i, (1, 1), self.terms)  # with an axis for each of x and h
             axes = {"mixing": 0, "inner": 1, "outer": 2 if self.kind == "dseparable" else 1}
             self.channels = {name: shape[: len(shape) - axes[name]] for name, shape in found.items()}
         entry = 1 / math.sqrt(3 * self.in_channels * self.terms * self._area())  # the deviation in torch's own layers

@@ -116,13 +116,9 @@ class Plan:
         return table_text(f"Plan for {self.group}", columns, rows) + "\n" + summary
 
     def kinds(self) -> dict[str, int]:
-        """How many layers get which kind of structure: "adapted bases", "low rank", or the group of its matrices."""
+        """How many layers get which kind of structure: "adapted bases", "separable", or the group of its matrices."""
         found = [Structure.parse(text) for text in self.layers.values()]
-        named = [
-            str(each.group) if each.group is not None else "adapted bases" if each.grid is not None else "low rank"
-            for each in found
-        ]
-        return dict(Counter(named).most_common())
+        return dict(Counter(map(_kind, found)).most_common())
 
     def to_json(self) -> str:
         """The plan as JSON; `Plan.from_json` reads it back."""
@@ -155,11 +151,19 @@ class Plan:
         for name, text in layers.items():
             if name not in shapes:
                 raise GMError(f"the plan gives a structure to {name[:80]!r}, which is not among its sites")
-            _literal(shapes[name], Structure.parse(text))
+            layers[name] = str(_literal(shapes[name], Structure.parse(text)))
         skipped = _strings(found["skipped"], "skipped")
         total = _count(found["model_parameters"], "model_parameters")
         optimum = _optimum_from(found.get("optimum"))
         return cls(_expect(found["group"], str, "group"), layers, skipped, sites, total, optimum)
+
+
+def _kind(structure: Structure) -> str:
+    if structure.separable is not None:
+        return structure.separable.kind
+    if structure.group is not None:
+        return str(structure.group)
+    return "low rank" if structure.grid is None else "adapted bases"
 
 
 def _optimum_line(optimum: Mapping[str, float | str]) -> str:
@@ -200,14 +204,15 @@ def _strings(value: Any, what: str) -> dict[str, str]:
 
 def _site_from(value: Any) -> Site:
     names = [field.name for field in fields(Site)]
-    if set(_expect(value, dict, "a site")) != set(names):
+    value = {"taps": "", **_expect(value, dict, "a site")}  # which plans once had not
+    if set(value) != set(names):
         raise GMError(f"in a plan, a site is an object with the fields {', '.join(names)}")
     shape = tuple(_count(each, "an entry of a shape") for each in _expect(value["shape"], list, "a shape"))
     if not 2 <= len(shape) <= 8 or min(shape) < 1 or prod(shape) > MAX_COUNT:
         raise GMError(f"in a plan, {shown(list(shape))} is not the shape of a weight")
     aliases = tuple(_expect(each, str, "an alias") for each in _expect(value["aliases"], list, "aliases"))
     calls = value["calls"] if value["calls"] is None else _count(value["calls"], "calls")
-    texts: dict[str, Any] = {key: _expect(value[key], str, key) for key in ("name", "kind", "role", "obstacle")}
+    texts: dict[str, Any] = {key: _expect(value[key], str, key) for key in ("name", "kind", "role", "obstacle", "taps")}
     conv_groups = _count(value["conv_groups"], "conv_groups")
     if conv_groups < 1 or shape[0] % conv_groups:
         raise GMError(f"in a plan, {shape[0]} rows cannot be in {conv_groups} convolution groups")
@@ -216,7 +221,9 @@ def _site_from(value: Any) -> Site:
 
 
 def _literal(site: Site, structure: Structure) -> Structure:
-    """The structure, once it is known to fit the site as it stands."""
+    """The structure, once it is known to fit the site as it stands, separable kernels on the grid of its taps."""
+    if structure.separable is not None:
+        structure = Structure.kernels(structure.separable.on(site.taps))
     structure.shapes(site.shape)
     if structure.rows is not None and site.shape[0] // site.conv_groups % structure.rows.size:
         raise GMError(f"{structure} does not fit {site.name!r}: {site.shape[0]} rows in {site.conv_groups} groups")
@@ -392,7 +399,7 @@ def _fitted(site: Site, wanted: Structure, *, ranked: bool) -> Structure | str:
             return f"{rows} rows and {columns} columns{each} admit no quotient of {wanted.group} but the trivial one"
         wanted = Structure.regular(quotient, **ranks)
     try:
-        _literal(site, wanted)
+        wanted = _literal(site, wanted)
     except GMError as problem:
         return str(problem)
     dense, stored = prod(site.shape), wanted.parameters(site.shape)

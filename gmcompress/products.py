@@ -39,6 +39,8 @@ def why_slow(structure: Structure, conv_groups: int = 1) -> str | None:
     """
     if conv_groups > 1:
         return "the convolution is grouped"
+    if structure.separable is not None:
+        return "a separable kernel is multiplied as a dense one"
     if structure.group is None:
         return None
     if not structure.is_regular or structure.columns is None or not structure.columns.is_regular:

@@ -15,6 +15,7 @@ from .factors import Metric, start_factors, views_of
 from .fitting import refine
 from .groups import Group
 from .linalg import small_gram, trailing_energy, truncated_svd
+from .separation import nearest_separable
 from .structure import (
     Structure,
     as_structure,
@@ -63,7 +64,8 @@ def project(
 
     Group part alone: the mean over orbits. With displacement rank r: the closed form, column means of the group
     diagonals F plus the truncated SVD of the row-centred F, exact. A low rank alone: the truncated SVD. Group part and
-    low rank: exact projections on both sets alternate, so that the error never grows. Adapted bases, and everything
+    low rank: exact projections on both sets alternate, so that the error never grows. Separable kernels: by
+    `gmcompress.separation`, in the Frobenius norm whatever the metric. Adapted bases, and everything
     under a metric: L-BFGS from these starts (`gmcompress.fitting.refine`), at most `iterations` steps; the
     loss never grows, and the result is a local minimum, unless `effort` multiply-adds end the fit before.
 
@@ -80,7 +82,7 @@ def project(
     _check_ranks(structure, shape)
     metric = (metric or Metric()).to(exact.dtype)
     metric.check(shape)
-    if structure.grid is None and metric == Metric():
+    if structure.separable is not None or (structure.grid is None and metric == Metric()):
         tensors, away, lost = _start(exact, structure, metric)
     else:
         dtype = exactness(exact)
@@ -107,6 +109,8 @@ def exactness(weight: Tensor) -> torch.dtype:
 
 def _start(exact: Tensor, structure: Structure, metric: Metric) -> tuple[dict[str, Tensor], float | None, float | None]:
     """The fit in the Frobenius norm; the distance to the group matrices, if any; the error, where it is known."""
+    if structure.separable is not None:
+        return nearest_separable(exact, structure.separable), None, None
     if structure.group is None:
         return start_factors(exact, structure, metric), None, None
     tensors, away, lost = _group_part(exact, structure)

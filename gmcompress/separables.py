@@ -13,7 +13,8 @@ from .files import parse_json
 from .groupconv import GroupConv
 from .kinds import kind_of
 from .rules import Rules, listed, matching
-from .separation import Factors, check_kind
+from .separation import Factors
+from .structure import check_kind
 from .surgery import Site, check_model, replace
 
 

@@ -1,42 +1,24 @@
-"""Separable kernels on a group G = N·H: the five kinds, the kernel of their tensors, the nearest kernel of a kind."""
+"""Separable kernels on a group G = N·H: the two factors, the grid of taps, the nearest kernel of a kind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import GMError, nearest_names, shown
+from .errors import GMError, shown
 from .groups import Group, axes_of, embed
 from .groups import group as parse
 from .groups.group import Indices
 from .linalg import truncated_svd
-from .structure import check_weight
+from .structure import Separable, TapGrid, check_kind, check_weight, combine, separable_shapes
 
-KINDS = ("nonseparable", "separable", "gseparable", "dseparable", "dgseparable")
-FORMULAS = {
-    "separable": "kox,koih->oixh",
-    "gseparable": "koix,koih->oixh",
-    "dseparable": "koi,koxh->oixh",
-    "dgseparable": "koi,kox,koh->oixh",
-}
 SWEEPS = 60  # of alternating least squares; each lowers the error
+FILLINGS = 30  # of what lies beside the taps, at most
 
 Factors = Sequence[str | Iterable[int]]
-
-
-def check_kind(kind: str) -> str:
-    """The kind itself.
-
-    Raises:
-        GMError: it is none of the five.
-    """
-    if kind not in KINDS:
-        known = nearest_names(kind, KINDS, count=5) if isinstance(kind, str) else ", ".join(KINDS)
-        raise GMError(f"{shown(kind)} is no kind of separable kernel; there are {known}")
-    return kind
 
 
 def factorise(group: Group, factors: Factors | None = None) -> tuple[Indices, Indices]:
@@ -88,38 +70,46 @@ def grid_of(group: Group, taps: Indices, factors: Factors | None = None) -> tupl
     return normal[np.unique(rows)], acting[np.unique(columns)]
 
 
-def shapes(kind: str, o: int, i: int, grid: tuple[int, int], terms: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors of a kernel on |N| × |H| taps; `outer` belongs to N and `inner` to H.
+def tap_grid(group: Group, taps: Indices, factors: Factors | None = None) -> TapGrid:
+    """How taps lie on the smallest grid of two subgroups that holds them; all of them on N where no two are named.
 
-    >>> shapes("dgseparable", 4, 3, (9, 2), 1)
-    {'mixing': (1, 4, 3), 'outer': (1, 4, 9), 'inner': (1, 4, 2)}
+    >>> str(tap_grid(parse("C8xC8"), np.array([0, 1, 7, 8, 56])))
+    '3x3<0-3,6>'
     """
-    x, h = grid
-    found: dict[str, dict[str, tuple[int, ...]]] = {
-        "separable": {"outer": (o, x), "inner": (o, i, h)},
-        "gseparable": {"outer": (o, i, x), "inner": (o, i, h)},
-        "dseparable": {"mixing": (o, i), "outer": (o, x, h)},
-        "dgseparable": {"mixing": (o, i), "outer": (o, x), "inner": (o, h)},
-    }
-    return {name: (terms, *shape) for name, shape in found[kind].items()}
+    try:
+        rows, columns = grid_of(group, taps, factors)
+    except GMError:
+        return TapGrid((len(taps), 1))
+    place = {int(element): at for at, element in enumerate(group.table[np.ix_(rows, columns)].ravel())}
+    return TapGrid.of((len(rows), len(columns)), (place[int(tap)] for tap in taps))
 
 
-def combine(tensors: Mapping[str, Tensor], kind: str) -> Tensor:  # (o, i, |N|, |H|)
-    """The kernel that the tensors of a kind stand for, a sum over the terms k.
+def nearest_separable(weight: Tensor, structure: Separable) -> dict[str, Tensor]:
+    """The tensors of a sum of separable kernels that come nearest to a weight (rows, columns, *taps), in float64.
 
-    separable    k_oi(x·h) = Σ_k outer_ko(x) inner_koi(h)
-    gseparable   k_oi(x·h) = Σ_k outer_koi(x) inner_koi(h)
-    dseparable   k_oi(x·h) = Σ_k mixing_koi outer_ko(x·h)
-    dgseparable  k_oi(x·h) = Σ_k mixing_koi outer_ko(x) inner_ko(h)
+    Where the taps leave some of their grid out, what the kernels are there is free: found by filling it in with what
+    they were before, from zero on, until nothing moves; the error never grows.
 
-    Source: Knigge et al. 2022, section 3.
-
-    >>> combine({"outer": torch.ones(1, 2, 3), "inner": torch.ones(1, 2, 5, 4)}, "separable").shape
-    torch.Size([2, 5, 3, 4])
+    Raises:
+        GMError: the taps are not those of the structure, or the weight is not finite.
+    Source: Srebro and Jaakkola 2003, Weighted low-rank approximations, for the filling in.
     """
-    if check_kind(kind) == "nonseparable":
-        return tensors["kernel"]
-    return torch.einsum(FORMULAS[kind], *tensors.values())
+    exact, grid = check_weight(weight), structure.grid_of(weight.shape)
+    kernel = exact.flatten(2)
+    kind, terms = structure.kind, structure.terms
+    found = separate(grid.whole(kernel), kind, terms=terms)
+    if grid.places is None:
+        return found
+    best, error = found, float("inf")
+    for _ in range(FILLINGS):
+        whole = combine(found, kind)
+        before, lost = error, float((grid.kernel(whole) - kernel).norm())
+        if lost >= before * (1 - 1e-3):
+            break
+        best, error, filled = found, lost, grid.whole(kernel, whole)
+        alone = kind == "dgseparable"  # which is not in closed form, and goes on from where it is
+        found = _alternate(filled, **found, sweeps=2) if alone else separate(filled, kind, terms=terms)
+    return best
 
 
 def separate(
@@ -153,7 +143,7 @@ def separate(
         return {"kernel": kernel.detach().clone()}
     found = _nearest(exact, kind, terms)
     o, i, x, h = exact.shape
-    wanted = shapes(kind, o, i, (x, h), terms)
+    wanted = separable_shapes(kind, o, i, (x, h), terms)
     return {name: _padded(found[name], terms).reshape(shape).to(kernel) for name, shape in wanted.items()}
 
 
@@ -186,10 +176,12 @@ def _padded(tensor: Tensor, terms: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(terms - len(tensor), *tensor.shape[1:])])
 
 
-def _alternate(kernel: Tensor, mixing: Tensor, outer: Tensor, inner: Tensor) -> dict[str, Tensor]:
+def _alternate(
+    kernel: Tensor, mixing: Tensor, outer: Tensor, inner: Tensor, *, sweeps: int = SWEEPS
+) -> dict[str, Tensor]:
     """Σ_k mixing ⊗ outer ⊗ inner for every output channel, one factor at a time at its least-squares optimum."""
     found = {"i": mixing, "x": outer, "h": inner}
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         for own in found:
             a, b = (each for each in found if each != own)
             gram = torch.einsum("koa,loa->okl", found[a], found[a]) * torch.einsum("kob,lob->okl", found[b], found[b])

@@ -266,7 +266,7 @@ def _rebuilt(dense: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, 
         separable = separations(dense)
         for name, text in layers.items():
             module, key = find_weight(dense, name)
-            if isinstance(module, GroupConv):
+            if isinstance(module, GroupConv) and key == "weight":  # of the whole layer, and not of its kernel
                 made |= {} if separable.get(name) == text else {name: like_told(module, text)}
                 continue
             path = name if key == "weight" else name.rpartition(".")[0]

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from .copies import asking_for_gradients, check_distinct, duplicate, evaluating, parameters_of, redirect_
 from .errors import GMError, nearest_names, said
-from .kinds import check_registered, kind_of, rows_in_groups, view_of
+from .kinds import check_registered, kind_of, rows_in_groups, taps_of, view_of
 from .nesting import arguments_of, describe, drawn, is_one_argument, own_copy
 from .streams import seeded
 
@@ -51,6 +51,7 @@ class Site:
     `calls` counts runs in one forward pass, None where that is unknown. `role` is "stem", "classifier", "output
     embedding" (tied to an embedding) or "". `obstacle` says why it cannot be compressed, "" where it can; the shape is
     then that of the parameter. `aliases` are its other names, of tied weights those of all modules that hold them.
+    `taps` says how the taps lie on a grid of two subgroups, where the module knows.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Site:
     calls: int | None
     role: str
     obstacle: str
+    taps: str = ""
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ def _site(
         calls=None if calls is None else sum(calls.get(each, 0) for each in {each.path for each in held}),
         role=role,
         obstacle=next(filter(None, map(_obstacle, held)), ""),
+        taps=taps_of(first.module, first.key),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmcompress.structure import Structure
+from gmcompress.structure import Separable, Structure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # GROUPS: a group string and its twin, the elements in their documented order and the product of two of them.
@@ -220,9 +220,14 @@ STRUCTURES: list[tuple[str, tuple[int, ...]]] = [
     ("adapted:2:2x2", (6, 8)),
     ("adapted:1:2x3", (4, 6, 3, 2)),
     ("adapted:2:2x4:split", (4, 8, 2, 3)),
+    ("separable:2", (4, 3, 3, 4)),
+    ("gseparable:1", (2, 4, 3, 3)),
+    ("dseparable:2", (4, 6, 3, 2)),
+    ("dgseparable:2:3x3<1,3-5,7>", (4, 3, 5, 1)),
+    ("separable:1:2x3<4-5,0-2>", (3, 2, 5, 1)),
 ]
 GROUPED = [(text, shape) for text, shape in STRUCTURES if Structure.parse(text).group]  # those with a group part
-ALONE = [each for each in STRUCTURES if each not in GROUPED]  # a factor part alone
+ALONE = [(text, shape) for text, shape in STRUCTURES if Structure.parse(text).lowrank and (text, shape) not in GROUPED]
 
 
 def slow_orbits(structure: Structure) -> np.ndarray:  # (|X|, |Y|·taps)
@@ -258,12 +263,29 @@ def slow_nearest(weight: Tensor, structure: Structure) -> Tensor:
 def slow_expand(tensors: Mapping[str, Tensor], structure: Structure, shape: Sequence[int]) -> Tensor:
     """The sum of both parts, entry by entry."""
     parts = {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+    if structure.separable is not None:
+        return torch.from_numpy(_slow_separable(parts, structure.separable, shape).reshape(tuple(shape)))
     weight = np.zeros((shape[0], shape[1], prod(shape[2:])))
     if structure.group is not None:
         weight += _slow_group_part(parts, structure, shape)
     if structure.lowrank:
         weight += _slow_factor_part(parts, structure, shape)
     return torch.from_numpy(weight.reshape(tuple(shape)))
+
+
+def _slow_separable(parts: Mapping[str, np.ndarray], separable: Separable, shape: Sequence[int]) -> np.ndarray:
+    """W[o, i, t] = Σ_k of the factors at (x, h), the place of tap t on the grid of the two subgroups."""
+    weight, grid = np.zeros((shape[0], shape[1], prod(shape[2:]))), separable.grid_of(shape)
+    for o, i, t, k in itertools.product(*map(range, weight.shape), range(separable.terms)):
+        x, h = divmod(t if grid.places is None else grid.places[t], grid.sizes[1])
+        at = {
+            "separable": {"outer": (o, x), "inner": (o, i, h)},
+            "gseparable": {"outer": (o, i, x), "inner": (o, i, h)},
+            "dseparable": {"mixing": (o, i), "outer": (o, x, h)},
+            "dgseparable": {"mixing": (o, i), "outer": (o, x), "inner": (o, h)},
+        }[separable.kind]
+        weight[o, i, t] += np.prod([parts[name][(k, *place)] for name, place in at.items()])
+    return weight
 
 
 def _slow_group_part(parts: Mapping[str, np.ndarray], structure: Structure, shape: Sequence[int]) -> np.ndarray:

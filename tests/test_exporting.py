@@ -26,6 +26,7 @@ def every_kind(seed=0):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         gm.GMConv2d(8, 16, 3, "C4[G,G,grid3x3]+displacement:1", padding=1),
+        gm.GMConv2d(16, 16, 3, "gseparable:1", padding=1),
         nn.ReLU(),
         gm.GMConv2d(16, 8, 3, "adapted:2:4x2:split", padding=1, stride=2),
         gm.GMConv2d(8, 16, 3, "C4+displacement:1+lowrank:2", groups=2, padding=1, padding_mode="reflect", bias=False),

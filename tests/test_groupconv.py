@@ -15,7 +15,7 @@ from gmcompress import GMLinear, displacement_rank, distance, spectra
 from gmcompress.errors import GMError
 from gmcompress.groupconv import RESIDUALS, GroupConv
 from gmcompress.groups import axes_of, ball, factor_generators, group, is_normal
-from gmcompress.separation import KINDS, combine
+from gmcompress.structure import KINDS, combine
 
 SMALL = [name for name in GROUPS if group(name).order <= 12]
 FACTORED = [name for name in SMALL if "x" in name or name[0] == "D" or (":" in name and "<" not in name)]

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from gmcompress.errors import GMError
 from gmcompress.lieconv import LieConv, fading
 from gmcompress.motions import move
-from gmcompress.separation import KINDS
+from gmcompress.structure import KINDS
 
 GROUPS = {"SE(2)": 3, "R^2:R+": 3, "Sim(2)": (3, 2)}
 

@@ -1,6 +1,7 @@
 """Whole models with separable kernels: the nearest ones, what is left and why; and compression beside GroupConv."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import gmcompress as gm
 from gmcompress.separables import like_told
-from gmcompress.separation import KINDS
+from gmcompress.structure import KINDS, Separable
 
 TRAINED: dict[str, Any] = {
     "channels": (8, 16),
@@ -158,21 +159,131 @@ def test_what_a_file_says_of_a_kernel_is_checked(text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("separated", [False, True])
-@pytest.mark.parametrize("how", [{"group": "C8", "rank": 1}, {"budget": "90%"}], ids=str)
-def test_a_model_with_group_convolutions_is_compressed_around_them(
-    how: dict[str, Any], separated: bool, tmp_path
-) -> None:
-    model = network(channels=(4, 16))
+@pytest.mark.parametrize("how", [{"group": "C4", "rank": 0}, {"budget": "60%"}], ids=str)
+def test_a_model_of_group_convolutions_is_compressed(how: dict[str, Any], separated: bool, tmp_path) -> None:
+    """Their kernels are matrices as others are; what is separable already is left, and says so."""
+    model = network(channels=(8, 16))
     if separated:
         model, _ = gm.separate_layers(model, "separable")
-    more = {"include": "last"} if "rank" in how else {}
-    result = gm.compress(model, inputs=images(), **how, **more)
-    assert list(result.plan.layers) == ["last"]
-    assert all(name.startswith("features") and reason for name, reason in result.plan.skipped.items())
-    for name, each in model.features.state_dict().items():
-        assert torch.equal(each, result.model.features.state_dict()[name])
-    assert result.report.after.macs >= result.report.after.counted_macs > 0
-    frozen = gm.freeze(result, "dense")
-    assert_close(frozen.model(images()), result.model(images()), slack=10)
+    result = gm.compress(model, inputs=images(), **how, include="last")
+    names = ["last"] if separated else ["features.0.kernel", "features.4.kernel", "last"]
+    assert {*result.plan.layers} <= {*names}
+    assert result.plan.layers
+    assert not separated or all("is not known to be a matrix" in each for each in result.plan.skipped.values())
+    if "group" in how:
+        assert [*result.plan.layers] == names
+    assert result.report.after.parameters == sum(each.numel() for each in result.model.parameters())
+    dense = gm.densify(result.model)
+    assert type(dense.features[0]) is gm.GroupConv
+    assert_close(dense(images()), result.model(images()), slack=10)
     gm.save(result, tmp_path / "small")
     assert_close(gm.load(tmp_path / "small", model)(images()), result.model(images()))
+
+
+@pytest.mark.parametrize("options", [{"radius": None}, {"radius": 2}, {"radius": None, "group": "C5"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_plan_finds_separable_kernels(kind: str, options: dict[str, Any], tmp_path) -> None:
+    """Such a kernel costs its tensors alone, whether its taps fill their grid or not, or the group has factors."""
+    options = {"group": "C4xC4"} | options
+    torch.manual_seed(0)
+    model = nn.Sequential(gm.GroupConv(in_channels=6, out_channels=8, **options), nn.ReLU()).double()
+    terms = 1 if kind != "dgseparable" else 2
+    planted = Separable(kind, terms).on(model[0].tap_grid)
+    with torch.no_grad():
+        tensors = {name: torch.randn(each).double() for name, each in planted.shapes(model[0].kernel.shape).items()}
+        model[0].kernel.copy_(planted.weight(tensors, model[0].kernel.shape))
+    dense, stored = model[0].kernel.numel(), sum(each.numel() for each in tensors.values())
+    if stored >= dense:
+        return  # as where one of two factors is trivial
+    budget = {"params": stored + 8}  # and the bias
+    signal = torch.randn(3, 6, model[0].group.order, dtype=torch.float64)
+    result = gm.compress(model, budget=budget, inputs=signal)
+    (row,) = result.report.layers
+    found = Separable.parse(row["structure"])
+    assert found is not None
+    assert row["stored"] <= stored
+    assert row["relative_error"] < (1e-6 if planted.grid is None or planted.grid.places is None else 0.05)
+    assert result.plan.kinds() == {found.kind: 1}
+    gm.save(result, tmp_path / "small", inputs=signal)
+    assert_close(gm.load(tmp_path / "small", model)(signal), result.model(signal))
+
+
+def test_a_structure_is_written_without_the_grid() -> None:
+    """The layer knows it; a plan writes it down, so that it stands for itself."""
+    model = network(radius=None)
+    plan = gm.plan(model, rank=0, group="C4", overrides={"features.*": "separable:1", "last": None}, inputs=images())
+    assert plan.layers == {"features.0.kernel": "separable:1:8x8", "features.4.kernel": "separable:1:4x4"}
+    assert gm.Plan.from_json(plan.to_json()) == plan
+    known = plan.to_dict()
+    for site in known["sites"]:
+        del site["taps"]
+    again = gm.Plan.from_dict(known)
+    assert again.layers == plan.layers, "plans of before, when sites did not say how taps lie"
+    assert plan.edit({"features.4.kernel": "dgseparable:3"}).layers["features.4.kernel"] == "dgseparable:3:4x4"
+    ball = gm.plan(network(), rank=0, group="C4", overrides={"last": None, "*": "gseparable:1"}, inputs=images())
+    assert ball.layers["features.4.kernel"] == "gseparable:1:4x4<0-5,7-8,12-13,15>"
+
+    result = gm.compress(model, plan=plan, inputs=images())
+    like, _ = gm.separate_layers(model, "separable")
+    assert_close(result.model(images()), like(images()), slack=10)
+    loader = [(images(), torch.zeros(3, dtype=torch.int64))]
+    tuned = gm.tune(result, loader, epochs=1, lr=0.01, weight_decay=0.1)
+    names = [name for name, _ in tuned.model.named_parameters() if name.startswith("features.4.structured_kernel")]
+    assert [each.rpartition(".")[2] for each in names] == ["outer", "inner"]
+    for name in names:
+        assert not torch.equal(tuned.model.get_parameter(name), result.model.get_parameter(name))
+    calibrated = gm.compress(model, data=loader, overrides={"features.*": "dseparable:2"}, budget="50%")
+    assert calibrated.plan.layers["features.4.kernel"] == "dseparable:2"
+    gm.freeze(calibrated, "auto", inputs=images())
+
+
+def test_kernels_of_images_are_separable_too(tmp_path) -> None:
+    """On request: the two subgroups are the shifts down and across."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=2), nn.Conv2d(16, 8, (3, 5))).eval()
+    x = torch.randn(2, 3, 9, 9)
+    overrides = {"0": "separable:1", "2": "dgseparable:2", "3": "dseparable:3"}
+    result = gm.compress(model, rank=0, group="C2", overrides=overrides, include="0", inputs=x)
+    assert result.plan.layers == overrides
+    assert [row["relative_error"] < 0.95 for row in result.report.layers] == [True] * 3
+    assert_close(gm.densify(result.model)(x), result.model(x), slack=10)
+    gm.save(result, tmp_path / "small")
+    assert_close(gm.load(tmp_path / "small", model)(x), result.model(x))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("separable:2", "is for kernels"),
+        ("separable:0", "terms are an integer from 1"),
+        ("separable:2+lowrank:1", "take no residual beside them"),
+        ("separable:2:3", "is no grid of taps"),
+        ("separable:2:3x0", "is no grid of taps"),
+        ("separable:2:9999999x9999999", "is no grid of taps"),
+        ("separable:2:3x3<>", "is no grid of taps"),
+        ("separable:2:3x3<1,1>", "names a place twice"),
+        ("separable:2:3x3<0-8,0-8>", "names a place twice"),
+        ("separable:2:3x3<3-1>", "no place or range of places"),
+        ("separable:2:3x3<1--3>", "no place or range of places"),
+        ("separable:2:3x3<9>", "no place or range of places below 9"),
+        ("nonseparable:2", "unknown group|is no group|no group"),
+    ],
+)
+def test_malformed_separable_structures(text: str, said: str) -> None:
+    with pytest.raises(gm.GMError, match=said):
+        gm.Structure.parse(text).shapes((4, 4))
+
+
+def test_separable_structures_fit_their_taps_alone() -> None:
+    assert str(gm.Structure.parse("separable:2:3x3<0-2,3-8>")) == "separable:2:3x3"
+    for text, shape in (
+        ("separable:2", (4, 4, 9)),
+        ("separable:2:3x3", (4, 4, 8)),
+        ("separable:1:3x3<1,2>", (4, 4, 3)),
+    ):
+        with pytest.raises(gm.GMError, match=r"needs two axes of taps|\d taps, but the weight"):
+            gm.Structure.parse(text).shapes(shape)
+    with pytest.raises(gm.GMError, match="takes no residual beside it"):
+        gm.Structure.parse("separable:2", rank=1)
+    with pytest.raises(gm.GMError, match="takes no group"):
+        dataclasses.replace(gm.Structure.parse("C4"), separable=Separable("separable", 1))

@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 
 from gmcompress.errors import GMError
 from gmcompress.groups import group, is_normal
-from gmcompress.separation import KINDS, combine, factorise, grid_of, separate, shapes
+from gmcompress.separation import factorise, grid_of, nearest_separable, separate, tap_grid
+from gmcompress.structure import KINDS, Separable, TapGrid, combine, separable_shapes
 
 NAMED = [name for name in GROUPS if group(name).factors or name[0] == "D" or (":" in name and name[0] != "<")]
 
@@ -50,7 +51,7 @@ def slow_combine(tensors: dict[str, Tensor], kind: str, sizes: tuple[int, int, i
 
 def random_of(kind: str, sizes: tuple[int, int, int, int], terms: int, generator: Generator) -> dict[str, Tensor]:
     o, i, x, h = sizes
-    wanted = shapes(kind, o, i, (x, h), terms)
+    wanted = separable_shapes(kind, o, i, (x, h), terms)
     return {name: torch.randn(each, generator=generator, dtype=torch.float64) for name, each in wanted.items()}
 
 
@@ -78,7 +79,7 @@ def test_the_nearest_is_nearer_than_any_other(kind: str, terms: int, generator: 
     found = separate(kernel, kind, terms=terms)
     error = float((combine(found, kind) - kernel).norm())
     assert sum(prod(each.shape) for each in found.values()) == sum(
-        map(prod, shapes(kind, 2, 3, (4, 3), terms).values())
+        map(prod, separable_shapes(kind, 2, 3, (4, 3), terms).values())
     )
     for step in (1e-3, 1e-1, 1.0):
         for _ in range(20):
@@ -121,3 +122,42 @@ def test_refused(generator: Generator) -> None:
         with pytest.raises(GMError):
             factorise(group("D4"), factors)
     assert [len(each) for each in factorise(group("D4"), ("C4", [1]))] == [4, 2]
+
+
+@pytest.mark.parametrize("kind", ["separable", "gseparable", "dgseparable"])
+def test_what_lies_beside_the_taps_is_free(kind: str, generator: Generator) -> None:
+    """Zeros there would have to be met too; a kernel that is separable on its taps is found but for little."""
+    grid, terms = TapGrid.parse("5x5<2,6-8,10-14,16-18,22>"), 2 if kind == "dgseparable" else 1
+    structure, shape = Separable(kind, terms, grid), (3, 4, 13)
+    tensors = {
+        name: torch.randn(each, generator=generator, dtype=torch.float64)
+        for name, each in structure.shapes(shape).items()
+    }
+    kernel = structure.weight(tensors, shape)
+
+    def lost(found: dict[str, Tensor], wanted: Tensor) -> float:
+        return float((structure.weight(found, shape) - wanted).norm() / wanted.norm())
+
+    assert lost(tensors, kernel) == 0
+    zeros = separate(grid.whole(kernel), kind, terms=terms)
+    assert lost(nearest_separable(kernel, structure), kernel) < min(0.1, 0.5 * lost(zeros, kernel))
+    other = torch.randn(shape, generator=generator, dtype=torch.float64)
+    zeros = separate(grid.whole(other), kind, terms=terms)
+    assert lost(nearest_separable(other, structure), other) < lost(zeros, other)
+
+
+@pytest.mark.parametrize("name", ["C8xC8", "D4", "C5", "S3"])
+def test_taps_on_their_grid(name: str) -> None:
+    """The place of every tap is where the product of its row and column is that tap."""
+    whole = group(name)
+    taps = np.arange(1, min(whole.order, 9))
+    grid = tap_grid(whole, taps)
+    if name in NAMED:
+        rows, columns = grid_of(whole, taps)
+        assert grid.sizes == (len(rows), len(columns))
+        found = whole.table[np.ix_(rows, columns)].ravel()
+        places = range(prod(grid.sizes)) if grid.places is None else grid.places
+        assert found[list(places)].tolist() == taps.tolist()
+    else:
+        assert str(grid) == f"{len(taps)}x1"
+    assert TapGrid.parse(str(grid)) == grid

@@ -53,7 +53,7 @@ class GMLayer(SharingModule):
     but for those calls on the CPU of which the fast product takes far fewer multiply-adds.
     """
 
-    PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales")
+    PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales", "mixing", "outer", "inner")
     SHARED = ("labels",)
 
     def __init__(
@@ -88,16 +88,19 @@ class GMLayer(SharingModule):
     def reset_parameters(self) -> None:
         """Draw a start for training from scratch: the variance of torch's own layers, residuals zero but trainable.
 
-        Without a group part the entries of left and right have variance b/√(3r), so that those of their product have
+        Without a group part the d factors of r products have entries of such a variance that those of their sum have
         b²/3, as entries uniform in ±b = ±1/√(columns·taps) have.
         """
         bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))
         alone = self.structure.group is None  # then the factors are no residual but the weight itself
+        separable = self.structure.separable
+        terms = self.structure.lowrank if separable is None else separable.terms
+        factors = 2 if separable is None else len(self.parts())  # scales are ones
         for part, tensor in self.parts().items():
             if part == "scales":
                 nn.init.ones_(tensor)
             elif alone:
-                nn.init.normal_(tensor, std=(bound / math.sqrt(3 * self.structure.lowrank)) ** 0.5)
+                nn.init.normal_(tensor, std=(bound / math.sqrt(3 * terms)) ** (1 / factors))
             elif part in ("filters", "left"):
                 nn.init.zeros_(tensor)
             else:

@@ -19,11 +19,18 @@ from .displacement import (
     generator_displacement_rank,
     numerical_rank,
 )
+from .separable import KINDS, MAX_TERMS, Separable, TapGrid, check_kind, combine, separable_shapes
 
 __all__ = [
+    "KINDS",
+    "MAX_TERMS",
+    "Separable",
     "Structure",
+    "TapGrid",
     "as_structure",
+    "check_kind",
     "check_weight",
+    "combine",
     "diagonals",
     "displacement",
     "displacement_rank",
@@ -36,4 +43,5 @@ __all__ = [
     "nearest",
     "numerical_rank",
     "orbit_means",
+    "separable_shapes",
 ]

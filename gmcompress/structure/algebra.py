@@ -75,6 +75,8 @@ def expand(
     [[1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [2.0, 3.0, 1.0]]
     """
     structure = as_structure(structure)
+    if structure.separable is not None:
+        return structure.separable.weight(tensors, shape)
     if structure.group is None:
         return factor_weight(tensors, structure, shape)
     o, i, carried = structure.blocks(shape)

@@ -19,6 +19,7 @@ from ..errors import GMError, shown
 from ..groups import Group, GSet, gset
 from ..groups import group as parse_group
 from ..groups.group import MAX_ORDER, Indices
+from .separable import Separable
 
 MAX_STRING = 1 << 17  # characters; the longest group strings have half as many
 MAX_RANK, MAX_BLOCKS = 999_999, 9999  # as many digits as the string may have
@@ -32,11 +33,12 @@ class Structure:
     The group part is a group matrix with a residual of low displacement rank. The factor part is a low rank, or has
     adapted bases: W_pq = U_p diag(s_pq) V_qᵀ on a grid of P × Q blocks, which for an abelian group is a group matrix in
     bases fitted to the weight in place of the Fourier bases, and with one block is a low rank. It is taken of the
-    matrix rows × columns·taps, or, `split`, of a convolution's rows·ky × columns·kx.
+    matrix rows × columns·taps, or, `split`, of a convolution's rows·ky × columns·kx. In place of both parts, a kernel
+    may be a sum of separable ones, `separable`.
 
     Prints as, and parses from, one string: `group[rows,columns,taps]+displacement:r+lowrank:s` or `...+adapted:s:PxQ`,
-    with `:split` behind where the taps are split; either part may be missing. The bracket is left out where the group
-    acts on itself in rows and columns and leaves the taps alone; residuals of rank 0 are left out.
+    with `:split` behind where the taps are split; either part may be missing; or as `Separable` does. The bracket is
+    left out where the group acts on itself in rows and columns and leaves the taps alone, and residuals of rank 0 are.
 
     Source: GM paper for the group part; Lee et al. 2024, BLAST, equation 2, for the adapted bases.
 
@@ -56,6 +58,7 @@ class Structure:
     lowrank: int = 0  # rank of the factor part, with or without a grid
     split: bool = False  # whether the vertical taps of the factor part go with the rows
     grid: tuple[int, int] | None = None  # blocks (P, Q) of rows and columns with adapted bases; None: a low rank
+    separable: Separable | None = None  # then there is nothing else
 
     def __post_init__(self) -> None:
         for what in ("displacement", "lowrank"):
@@ -64,6 +67,10 @@ class Structure:
                 raise GMError(f"{what} rank must be an integer of at least 0, not {shown(rank)}")
             if rank > MAX_RANK:
                 raise GMError(f"{what} rank must be at most {MAX_RANK}, not {shown(rank)}")
+        if self.separable is not None:
+            if any((self.group, self.rows, self.columns, self.taps, self.displacement, self.lowrank, self.grid)):
+                raise GMError(f"{self.separable} takes no group, no residual and no factors beside it")
+            return
         if not self.lowrank and (self.split or self.grid):
             raise GMError("only a factor part of rank 1 or more has a grid or splits the taps, and this one has none")
         if self.group is None:
@@ -101,6 +108,8 @@ class Structure:
         found = text if isinstance(text, Structure) else _read(text)
         if rank == 0:
             return found
+        if found.separable is not None:
+            raise GMError(f"{str(found)!r} takes no residual beside it, so rank={rank} cannot be added to it")
         if found.displacement or found.lowrank:
             raise GMError(f"{str(found)!r} already has a residual, so rank={rank} cannot be added to it")
         return found.with_rank(rank, residual=residual)
@@ -120,6 +129,15 @@ class Structure:
         """
         return cls(None, None, None, None, 0, rank, split, None if grid == (1, 1) else grid)
 
+    @classmethod
+    def kernels(cls, separable: Separable) -> Structure:
+        """A sum of separable kernels.
+
+        >>> Structure.kernels(Separable("gseparable", 2))
+        Structure.parse('gseparable:2')
+        """
+        return cls(None, None, None, separable=separable)
+
     @property
     def acting(self) -> Group:
         """The group of a structure that has one.
@@ -137,6 +155,8 @@ class Structure:
         Raises:
             GMError: the residual is neither "displacement" nor "lowrank".
         """
+        if self.separable is not None and rank:
+            raise GMError(f"{self} takes no residual beside it")
         if residual not in ("displacement", "lowrank"):
             raise GMError(f'residual must be "displacement" or "lowrank", not {residual!r}')
         ranks = {"displacement": 0, "lowrank": 0, residual: rank}
@@ -144,6 +164,8 @@ class Structure:
         return Structure(*sets, ranks["displacement"], ranks["lowrank"], split)
 
     def __str__(self) -> str:
+        if self.separable is not None:
+            return str(self.separable)
         parts = [] if self.group is None else [self._group_string()]
         if self.displacement:
             parts.append(f"displacement:{self.displacement}")
@@ -247,6 +269,8 @@ class Structure:
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Name and shape of every stored tensor for a weight of the given shape."""
+        if self.separable is not None:
+            return self.separable.shapes(shape)
         found: dict[str, tuple[int, ...]] = {}
         if self.group is not None:
             o, i, _ = self.blocks(shape)
@@ -286,6 +310,10 @@ def _read(text: str | Group) -> Structure:
     if isinstance(text, Group):
         return Structure.regular(text)
     head, *residuals = text.split("+")
+    if separable := Separable.parse(head.strip()):
+        if residuals:
+            raise GMError(f"in {text[:80]!r}: separable kernels take no residual beside them")
+        return Structure.kernels(separable)
     if not head.strip():
         raise GMError(f'the structure {text[:80]!r} names nothing in front; write "C4", "C4+lowrank:2" or "lowrank:2"')
     alone = head.strip().startswith(_KINDS)

@@ -17,7 +17,8 @@ from ..surgery import read_weight
 
 DECAY_EVERY = 4  # steps; the dense weights are computed once more for it
 FACTORS = ("left", "right", "scales")
-PRODUCTS = (("kernel",), ("gates", "filters"), FACTORS)  # the parts whose products add up to a weight
+KERNELS = ("mixing", "outer", "inner")
+PRODUCTS = (("kernel",), ("gates", "filters"), FACTORS, KERNELS)  # the parts whose products add up to a weight
 COUPLED = re.compile(r"(sgd|nesterov|momentum)$")  # optimizers that take weight decay as part of the gradient
 
 
