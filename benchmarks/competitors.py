@@ -22,8 +22,8 @@ import gmcompress as gm
 from gmcompress import GMError
 from gmcompress.budgets import parse_budget
 from gmcompress.calibration import norms_after
-from gmcompress.candidates import rank_within
 from gmcompress.planning import eligible
+from gmcompress.subjects import rank_within
 from gmcompress.surgery import Site, trace
 
 HALVINGS = 30  # of an interval of shares, or of ratios

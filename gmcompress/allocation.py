@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .budgets import Budget
-from .candidates import Subject, candidates, offered, priced, rank_within
+from .candidates import candidates, offered
 from .errors import GMError
 from .factors import Metric
 from .groups import Group
@@ -24,6 +24,7 @@ from .projection import exactness
 from .reconstruction import Calibration
 from .selection import Candidate, Selection, check_reachable, select
 from .structure import Structure
+from .subjects import Subject, priced, rank_within
 from .surgery import Site, find_weight, read_weight
 
 Progress = Callable[[str, int, int], None]

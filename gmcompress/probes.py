@@ -28,7 +28,6 @@ from .calibration import (
     outputs,
     spread_of,
 )
-from .candidates import Subject, rank_within
 from .factors import Tensors, views_of
 from .lowranks import leading
 from .moments import mean_output
@@ -37,6 +36,7 @@ from .reconstruction import Calibration, absorb
 from .selection import Candidate
 from .streams import seeded
 from .structure import Structure, expand
+from .subjects import Subject, rank_within
 from .surgery import Inputs, find_weight, read_weight, write_weight
 
 PROBES = (0.45, 0.18)  # shares of a layer's weight that its low ranks may store

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapted import slowness
 from .batches import count_examples, first_examples, split_batch
 from .calibration import norms_after, output_gradients
-from .candidates import Subject, plain_svd
+from .candidates import plain_svd
 from .factors import Metric
 from .files import json_digest
 from .moments import Moments, collect
@@ -19,13 +20,13 @@ from .notes import Notes
 from .plain import is_plain
 from .projection import Fit, exactness, project, relative_error, svd_error
 from .structure import Structure, expand
+from .subjects import Subject
 from .surgery import Inputs, find_weight, read_weight, write_weight
 
 PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
 FEWEST = 3  # passes in any case
 EFFORT = 3e11  # multiply-adds of the fit of one layer, at most
-TOTAL = 1.5e12  # multiply-adds of the fits of all layers, where none stores more of its weight than
-EASY = 0.35  # of its numbers; with more a fit takes longer, as the square of the share
+TOTAL = 1.5e12  # multiply-adds of the fits of all layers, where none is slower than usual
 BACKWARD_PASSES = 1e12  # multiply-adds spent on the outputs' gradients, which need no more examples than that allows
 FEWEST_BACKWARD = 64  # examples in any case
 HELD = 1.5e9  # bytes of moments held at once
@@ -203,19 +204,13 @@ def reconstruct(
             target = weight.double()
             if seen is not None and name == chunk[0]:
                 target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
-            allowed = effort * _slowness(structures[name], weight)
+            allowed = effort * slowness(structures[name].parameters(weight.shape) / weight.numel())
             fit = best_fit(weight, target, structures[name], metric, effort=allowed)
             fitted = expand(fit.tensors, fit.structure, weight.shape)
             bias, mean = calibration.absorbed(name, layer, small, fitted, seen)
             found.take_in(name, small, fit, bias, mean)
             _remember(notes, kind, name, fit, bias, mean)
     return found
-
-
-def _slowness(structure: Structure, weight: Tensor) -> float:
-    """How many times as long as usual a fit takes to arrive: the more it may store, the flatter are its valleys."""
-    share = structure.parameters(weight.shape) / weight.numel()
-    return max(1.0, (share / EASY) ** 2)
 
 
 def plan_digest(structures: Mapping[str, Structure], effort: float) -> str:

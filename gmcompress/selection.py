@@ -39,6 +39,20 @@ class Candidate:
     loss: float
 
 
+def undominated(found: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates than which no other is at most as large in every cost and at most as lossy, by size."""
+    kept: list[Candidate] = []
+    for each in sorted(found, key=lambda c: (c.params, c.loss, c.macs or 0)):
+        if not any(beats(k, each) for k in kept):
+            kept.append(each)
+    return kept
+
+
+def beats(one: Candidate, other: Candidate) -> bool:
+    """Whether one candidate is at most as large as another in every cost and at most as lossy."""
+    return one.params <= other.params and one.loss <= other.loss and (one.macs or 0) <= (other.macs or 0)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The candidate of every layer, as its position in the table, and what all of them cost and lose together.

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gmcompress as gm
-from gmcompress.candidates import Subject, plain_svd
+from gmcompress.candidates import plain_svd
 from gmcompress.factors import Metric
 from gmcompress.layers import GMLayer
 from gmcompress.structure import Structure
+from gmcompress.subjects import Subject
 
 
 def perceptron(width: int = 16, depth: int = 3) -> nn.Module:

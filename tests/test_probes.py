@@ -10,12 +10,12 @@ from test_allocation import assert_untouched, convolutional, examples, perceptro
 from torch import Tensor, nn
 
 from gmcompress.calibration import divergence, outputs
-from gmcompress.candidates import Subject, rank_within
 from gmcompress.factors import Metric
 from gmcompress.probes import PROBES, Probe, Probes, Sensitivity, expected_divergences
 from gmcompress.reconstruction import calibrate
 from gmcompress.selection import Candidate
 from gmcompress.structure import Structure, expand
+from gmcompress.subjects import Subject, rank_within
 
 
 def test_sensitivities_are_power_laws() -> None:

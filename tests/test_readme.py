@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from gmcompress import candidates, compress
+from gmcompress import compress
 from gmcompress.cli import main
 from gmcompress.cli.printing import demo_table
 from gmcompress.reporting import Report
@@ -40,8 +40,9 @@ SHORTER = {
 
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, shorter in {"SHARES": (0.11, 0.35), "GRIDS": (4,), "STEPS": 2}.items():
-        monkeypatch.setattr(candidates, name, shorter)
+    monkeypatch.setattr("gmcompress.subjects.SHARES", (0.11, 0.35))
+    monkeypatch.setattr("gmcompress.adapted.GRIDS", (4,))
+    monkeypatch.setattr("gmcompress.adapted.STEPS", 2)
     scope = {}
     blocks = [block for language, block in BLOCKS if language == "python"]
     assert len(blocks) >= 3

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_data import write_images
 
 import gmcompress as gm
-from gmcompress import GMError, candidates
+from gmcompress import GMError
 from gmcompress.data import Images, make_loader
 from gmcompress.files import read_tensors
 from gmcompress.runs import (
@@ -36,8 +36,9 @@ DIGITS = {"dataset": "digits", "img_size": 8}
 
 def shorten(monkeypatch):
     """Few candidates, so that a table takes a second."""
-    for name, shorter in {"SHARES": (0.11, 0.35), "GRIDS": (4,), "STEPS": 2}.items():
-        monkeypatch.setattr(candidates, name, shorter)
+    monkeypatch.setattr("gmcompress.subjects.SHARES", (0.11, 0.35))
+    monkeypatch.setattr("gmcompress.adapted.GRIDS", (4,))
+    monkeypatch.setattr("gmcompress.adapted.STEPS", 2)
 
 
 def write_dense(file):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..candidates import Subject, multiply_adds, plain_svd, rank_within
+from ..candidates import plain_svd
 from ..data import make_loader
 from ..errors import GMError
 from ..factors import Metric
@@ -20,6 +20,7 @@ from ..metrics import count_macs, replaced_positions, stored_bytes
 from ..pipeline import compress, sweep
 from ..planning import Plan, eligible
 from ..structure import Structure
+from ..subjects import Subject, multiply_adds, rank_within
 from ..surgery import Inputs, Site, read_weight
 from .compressing import calibration_data, told_as
 from .folders import NOTES, begun, check_new
