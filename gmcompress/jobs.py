@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapted import slowness
 from .allocation import Table, check_budgets, tabulate
 from .batches import count_examples, first_of, is_divisible, take, whole
 from .blocks import Refit, refit_blocks
@@ -36,7 +37,7 @@ from .structure import Structure, check_weight
 from .surgery import Inputs, find_weight, read_weight, run_seeded, shell
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
-EFFORT = 1e10  # multiply-adds of the fit of one layer without data, at most
+EFFORT = 1e10  # multiply-adds of the fit of one layer without data, where it is not slower than usual
 EXAMPLES = 8  # of the calibration data, on which latency is measured where no inputs are given
 
 
@@ -158,7 +159,7 @@ class Job:
                 if plan.optimum is None:
                     fits[name] = project(weight, structure)
                 else:
-                    effort = EFFORT * self.effort
+                    effort = EFFORT * self.effort * slowness(structure.parameters(weight.shape) / weight.numel())
                     fits[name] = best_fit(weight, check_weight(weight), structure, Metric(), effort=effort)
         return Reconstruction(fits, {}, {})
 
