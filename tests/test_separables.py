@@ -176,6 +176,9 @@ def test_a_model_of_group_convolutions_is_compressed(how: dict[str, Any], separa
     dense = gm.densify(result.model)
     assert type(dense.features[0]) is gm.GroupConv
     assert_close(dense(images()), result.model(images()), slack=10)
+    signals = images().flatten(2)
+    moved = gm.equivariance_error(result.model.features, "C8xC8", signals, stride="C4xC4")
+    assert moved["error"] < 1e-5, "whatever the kernels are"
     gm.save(result, tmp_path / "small")
     assert_close(gm.load(tmp_path / "small", model)(images()), result.model(images()))
 
