@@ -62,6 +62,8 @@ def _subclass(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> 
     members: dict[str, Any] = {key: _computed(CHILD + key) for key in attached}
     members |= {"_dense_class": dense, "_parameter_names": names, "_attached_names": attached}
     members |= {"__reduce_ex__": reduce, "register_parameter": register_parameter}
+    if dense.__module__.startswith("torch."):  # by which torch.fx knows what it takes whole
+        members["__module__"] = dense.__module__
     made = type(f"Structured{dense.__name__}", (dense, _Attached), members)
     _SUBCLASSES[dense, names, attached] = made
     return made

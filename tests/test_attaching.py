@@ -158,6 +158,18 @@ def test_compile(name):
     assert_same(compiled(inputs), model(inputs))
 
 
+@pytest.mark.parametrize("name", ["attention", "tables", "signals"])
+def test_torch_fx_follows_it_as_the_dense_model(name):
+    """It takes torch's own modules whole, as attention, in which code asks for values."""
+    model, inputs = small(name)
+    traced = torch.fx.symbolic_trace(model)
+    assert_same(run(traced, inputs), run(model, inputs))
+    nodes = [[str(node) for node in torch.fx.symbolic_trace(each).graph.nodes] for each in (model, gm.densify(model))]
+    assert nodes[0] == nodes[1]
+    sum(each.float().square().sum() for each in tree_leaves(call(traced.train(), inputs))).backward()
+    assert all(each.grad is not None for name, each in traced.named_parameters() if "structured_" in name)
+
+
 @MODELS
 def test_dtypes_and_flags(name):
     model, _ = built(name)
