@@ -23,6 +23,7 @@ from .copies import asking_for_gradients, check_distinct, duplicate, evaluating,
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, taps_of, view_of
 from .nesting import arguments_of, describe, drawn, is_one_argument, own_copy
+from .sharing import SharingModule
 from .streams import seeded
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -191,8 +192,8 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
     found = holders(model)
     calls = _calls_by_run(model, inputs) if inputs is not None else _calls_by_fx(model)
     order = {name: at for at, name in enumerate(calls)} if calls is not None else {}
-    layers = {each.path: each.module for held in found for each in held if each.key == "weight"}
-    defined = {name: layers[name] for name, _ in model.named_modules() if name in layers}
+    plain = {each.path for held in found for each in held if each.key == "weight"}
+    defined = {name: each for name, each in model.named_modules() if name in plain or _is_structured(each)}
     roles = _roles(model, defined, calls)
     sites = [_site(each, names, calls, roles) for each in found]
     first = [min(order.get(each.path, len(order)) for each in held) for held in found]
@@ -229,6 +230,11 @@ def _parametrized(module: nn.Module, key: str) -> Tensor:
     """The value of a parametrized parameter, found on a copy: computing it may change what it is computed from."""
     parametrizations: Any = module.parametrizations
     return copy.deepcopy(parametrizations[key]).eval()()
+
+
+def _is_structured(module: nn.Module) -> bool:
+    """Whether it is a layer, of those that can have a role, with a computed weight."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and "weight" in _computed(module)
 
 
 def _computed(module: nn.Module) -> list[str]:
@@ -335,7 +341,7 @@ def count_calls(model: nn.Module, calls: Counter[str]) -> None:
 
 
 class Tracer(fx.Tracer):
-    """torch.fx as torchvision and timm use it: what timm marks as untraceable stays a leaf."""
+    """torch.fx as torchvision and timm use it: what timm marks as untraceable stays a leaf, as structured layers do."""
 
     def __init__(self) -> None:
         from timm.models import get_notrace_functions
@@ -345,7 +351,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         from timm.models import is_notrace_module
 
-        return is_notrace_module(type(m)) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, SharingModule) or is_notrace_module(type(m))
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _calls_by_fx(model: nn.Module) -> Counter[str] | None:
@@ -390,6 +397,8 @@ def _obstacle(holder: Holder) -> str:
         return "its module is scripted, whose code is fixed"
     if isinstance(module, nn.RNNBase):
         return f"{name} hands its weights to torch as one flat list, in which none can be replaced"
+    if isinstance(module, SharingModule):
+        return f"it is a stored part of {name}, which has a structure already"
     if view_of(module, key, parameter) is None:
         return f"{key} of {name} is not known to be a matrix; gmcompress.register can say so"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):

@@ -250,3 +250,18 @@ def test_run_passes_tensors_sequences_and_mappings():
     assert run(exhibit.build(), exhibit.inputs())["logits"].shape == (4, 3)
     pair = [torch.ones(3, 2), torch.ones(3, 2)]
     assert call(nn.Bilinear(2, 2, 1), pair).shape == (3, 1)
+
+
+def test_parts_of_structured_weights_are_said_to_be_such():
+    small = gm.compress(nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 8)), "C4", rank=1).model
+    places = {"0.structured_weight": "GMWeight", "1": "GMLinear"}
+    expected = {
+        f"{place}.{part}": f"it is a stored part of {kind}, which has a structure already"
+        for place, kind in places.items()
+        for part in ("kernel", "gates", "filters")
+    }
+    sites = trace(small)
+    assert {site.name: site.obstacle for site in sites} == expected | {"2": ""}
+    assert {site.name: site.role for site in sites if site.role} == {"2": "classifier"}, "as before"
+    with pytest.raises(gm.GMError, match=r"1\.kernel: it is a stored part of GMLinear"):
+        gm.compress(small, "C4", rank=1)
