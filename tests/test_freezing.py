@@ -231,6 +231,14 @@ def test_layers_that_run_with_other_tensors_alone(monkeypatch):
     assert_close(frozen(x), model(x))
 
 
+def test_frozen_convolutions_inside_of_vmap():
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).eval(), torch.randn(3, 2, 6, 6, 8)
+    images = images.permute(0, 1, 4, 2, 3)  # channels last
+    frozen = gm.freeze(gm.compress(model, "C4", rank=1, include="0").model, "structured")
+    assert_close(torch.vmap(frozen)(images), torch.stack([frozen(each) for each in images]), slack=10)
+
+
 class Slopes(nn.Sequential):
     """A model that takes its own derivatives by torch.func."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..errors import GMError
 from ..factored import Window
@@ -105,7 +106,8 @@ class GMConv2d(GMLayer, nn.Conv2d):  # type: ignore[misc]
         if isinstance(padding, str):
             input = F.pad(input, self._beforehand)
         found = conv2d(input, ready, self.structure, self.bias, window=self.window, layout=self.layout)
-        last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+        last = not (input.is_contiguous() or is_functorch_wrapped_tensor(input))  # which knows of no memory format
+        last = last and input.is_contiguous(memory_format=torch.channels_last)
         return found.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)  # as torch does
 
     @property
