@@ -156,6 +156,20 @@ def is_one_argument(function: Callable[..., Any], inputs: Any) -> bool:
     return not _binds(form, **inputs) and _binds(form, inputs)
 
 
+def why_one_argument(function: Callable[..., Any], inputs: Any) -> str:
+    """Why a mapping is one argument, for messages; "" where it is not.
+
+    >>> why_one_argument(lambda x: x, {"x": 1, "index": 2}), why_one_argument(lambda x, index: x, {"x": 1, "index": 2})
+    (" as one argument, since it takes no 'index'", '')
+    """
+    if not is_one_argument(function, inputs):
+        return ""
+    known = signature(function).parameters
+    unknown = [repr(name) for name in inputs if name not in known]
+    takes = f"takes no {', '.join(unknown)}" if len(unknown) < len(inputs) else "has none of these names"
+    return f" as one argument, since it {takes}"
+
+
 def takes_all(form: Signature, given: Sequence[Any]) -> bool:
     """Whether a function of this form takes all of several arguments, and not the first one alone.
 

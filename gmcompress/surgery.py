@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from .copies import asking_for_gradients, check_distinct, duplicate, evaluating, parameters_of, redirect_
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, taps_of, view_of
-from .nesting import arguments_of, describe, drawn, is_one_argument, own_copy
+from .nesting import arguments_of, describe, drawn, own_copy, why_one_argument
 from .sharing import SharingModule
 from .streams import seeded
 
@@ -165,7 +165,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         with torch.compiler.set_stance("force_eager"):  # each copy would be compiled anew
             return ungraded(model, inputs)
     except Exception as problem:
-        how = " as one argument, since it has none of these names" * is_one_argument(model.forward, inputs)
+        how = why_one_argument(model.forward, inputs)
         what = f"{type(model).__name__} does not run on inputs of shape {describe(inputs)}{how}"
         raise GMError(f"{what}: {said(problem)}") from problem
 

@@ -352,6 +352,9 @@ def test_a_batch_by_name_may_be_one_argument(tmp_path):
     assert gm.doctor(model, batch, "C4").works
     with pytest.raises(gm.GMError, match="as one argument, since it has none of these names: KeyError"):
         gm.compress(model, "C4", rank=1, inputs={"z": torch.randn(2, 8)})
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))  # whose one argument is called `input`
+    with pytest.raises(gm.GMError, match="as one argument, since it takes no 'index', 'name': TypeError"):
+        gm.compress(mlp, "C4", rank=1, inputs={"input": torch.randn(2, 8), "index": torch.arange(2), "name": "ab"})
 
 
 def test_models_that_learn_from_some_of_their_inputs():
