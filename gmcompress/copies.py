@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import GMError, said
 
+WRITTEN = "written_as_it_runs"  # set on the parameters of a copy into which its runs write
+
 
 def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy in which every object in `memo`, by id, stands for what the memo holds."""

@@ -20,7 +20,7 @@ from .batches import count_examples, first_of, is_divisible, take, whole
 from .blocks import Refit, refit_blocks
 from .budgets import Budget
 from .calibration import ends_in_classes
-from .copies import count_parameters, device_of, duplicate, evaluating, parameters_of
+from .copies import WRITTEN, count_parameters, device_of, duplicate, evaluating, parameters_of
 from .errors import GMError
 from .factors import Metric
 from .files import json_digest
@@ -270,8 +270,14 @@ def apart(model: nn.Module, inputs: Inputs | None, *, trial: nn.Module | None = 
     if unlike := sorted(before.keys() ^ after.keys()):
         what = f"{type(model).__name__} makes or drops parameters as it runs, such as {unlike[0]!r}"
         raise GMError(f"{what}; run it once before it is compressed")
-    same = (torch.equal(old, after[name]) for name, old in before.items() if old.layout is torch.strided)
-    return model if all(same) else duplicate(model, {})
+    dense = (name for name, old in before.items() if old.layout is torch.strided)
+    written = [name for name in dense if not torch.equal(before[name], after[name])]
+    if not written:
+        return model
+    copied = duplicate(model, {})
+    for name in written:  # so that one run does not find what another has written
+        setattr(parameters_of(copied)[name], WRITTEN, True)
+    return copied
 
 
 def private(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
-from .copies import asking_for_gradients, check_distinct, duplicate, evaluating, parameters_of, redirect_
+from .copies import WRITTEN, asking_for_gradients, check_distinct, duplicate, evaluating, parameters_of, redirect_
 from .errors import GMError, nearest_names, said
 from .kinds import check_registered, kind_of, rows_in_groups, taps_of, view_of
 from .nesting import arguments_of, describe, drawn, own_copy, why_one_argument
@@ -121,15 +121,16 @@ def check_model(model: nn.Module, *, meta: bool = False) -> None:
 def shell(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode on the same memory, so that running it leaves the caller's modules alone.
 
-    Its parameters need no gradient, without which torch's FlopCounterMode fails on parameters passed as arguments.
+    Parameters that a run writes into are copied. None takes a gradient, with which torch's FlopCounterMode would fail.
 
     Raises:
         GMError: the model cannot be copied.
     """
-    memo = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in parameters_of(model).values()}
-    for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:  # whose run changes it
-            memo |= {id(each): nn.Parameter(each.detach().clone(), False) for each in parameters_of(module).values()}
+    held = parameters_of(model).values()
+    tables = (each for each in model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag))
+    own = {id(each) for table in tables if table.max_norm is not None for each in parameters_of(table).values()}
+    own |= {id(each) for each in held if WRITTEN in vars(each)}
+    memo = {id(each): nn.Parameter(each.detach().clone() if id(each) in own else each.detach(), False) for each in held}
     return evaluating(duplicate(model, memo))
 
 

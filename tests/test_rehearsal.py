@@ -328,3 +328,36 @@ def test_copies_of_graph_modules_stay_in_evaluation():
     result = gm.compress(model.eval(), "C4", rank=1, inputs=x, include="*")
     assert not result.model.training
     assert_close(run(gm.densify(result.model), x)["hidden"], run(result.model, x)["hidden"])
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"budget": "85%", "effort": 0.1}], ids=["rank", "data"])
+def test_weights_that_the_first_run_of_a_model_rescales_are_rescaled_once(options):
+    class Rescales(nn.Module):
+        """Halves its outputs in evaluation, and doubles them again in training, by the weights themselves."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.is_halved = False
+
+        def forward(self, x):
+            if self.is_halved == self.training:
+                with torch.no_grad():
+                    self.head.weight.mul_(2.0 if self.training else 0.5)
+                self.is_halved = not self.training
+            return self.head(torch.tanh(self.more(torch.tanh(self.body(x)))))
+
+    torch.manual_seed(0)
+    model, x = Rescales().eval(), torch.randn(8, 8)
+    weight = model.head.weight.detach().clone()
+    if "budget" in options:
+        options = options | {"data": [x]}
+    result = gm.compress(model, "C4", inputs=x, **options)
+    assert set(result.plan.layers) & {"body", "more"}
+    for each in (model, result.model, gm.densify(result.model), gm.freeze(result, repeats=1).model):
+        assert not each.is_halved
+        assert torch.equal(each.head.weight, weight)
+    assert gm.doctor(model, x, "C4").works
+    assert torch.equal(model.head.weight, weight)
+    result.model(x)
+    assert torch.equal(result.model.head.weight, weight / 2)
