@@ -8,6 +8,7 @@ every module that holds one gets a GMWeight, all of them twins with the same sto
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -54,6 +55,11 @@ def _subclass(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> 
         found = dense.__reduce_ex__(self, protocol)
         return (_empty_instance, (dense, names, attached), *found[2:]) if isinstance(found, tuple) else found
 
+    def deepcopy(self: Any, memo: dict[int, Any]) -> nn.Module:
+        found = memo[id(self)] = _empty_instance(dense, names, attached)
+        found.__setstate__(copy.deepcopy(vars(self), memo))
+        return found
+
     def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
         if name in attached:
             check_assigned(param, _maker(self._modules[CHILD + name]))
@@ -62,11 +68,18 @@ def _subclass(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> 
     members: dict[str, Any] = {key: _computed(CHILD + key) for key in attached}
     members |= {"_dense_class": dense, "_parameter_names": names, "_attached_names": attached}
     members |= {"__reduce_ex__": reduce, "register_parameter": register_parameter}
+    if _copies_itself(dense):  # with a parameter where there is none now
+        members["__deepcopy__"] = deepcopy
     if dense.__module__.startswith("torch."):  # by which torch.fx knows what it takes whole
         members["__module__"] = dense.__module__
     made = type(f"Structured{dense.__name__}", (dense, _Attached), members)
     _SUBCLASSES[dense, names, attached] = made
     return made
+
+
+def _copies_itself(cls: type) -> bool:
+    """Whether a class, not one of torch's own, says how it is copied."""
+    return any("__deepcopy__" in vars(each) and not each.__module__.startswith("torch.") for each in cls.__mro__)
 
 
 def _computed(child: str) -> property:

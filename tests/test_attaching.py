@@ -263,6 +263,31 @@ def test_what_is_no_longer_as_it_was_made_is_attached_to():
     assert_same(run(gm.densify(model), inputs), run(model, inputs))
 
 
+def test_layers_whose_class_has_a_way_of_copying_of_its_own(tmp_path):
+    class Copied(nn.Linear):
+        """As the linear layer of torch_geometric, but that it is one of torch's."""
+
+        def __deepcopy__(self, memo):
+            found = type(self)(self.in_features, self.out_features)
+            found.weight, found.bias = copy.deepcopy(self.weight, memo), copy.deepcopy(self.bias, memo)
+            return found
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(Copied(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+
+    x = torch.randn(4, 8)
+    result = gm.compress(build(), "C4", rank=1, inputs=x)
+    assert list(result.plan.layers) == ["0", "2"]
+    copied = copy.deepcopy(result.model)
+    assert copied[0].structured_weight is not result.model[0].structured_weight
+    gm.save(result, tmp_path / "small")
+    dense = gm.densify(result.model)
+    assert type(copy.deepcopy(dense)[0]) is Copied
+    for each in (copied, dense, gm.load(tmp_path / "small", build()), gm.freeze(result, "dense").model):
+        assert_close(each(x), result.model(x))
+
+
 def test_a_module_that_lets_nothing_be_set_on_it():
     class Sealed(nn.Linear):
         def __setattr__(self, key, value):
