@@ -139,7 +139,7 @@ class Subject:
 
     def forward(self) -> None:
         """Run it."""
-        from gmcompress.surgery import run
+        from gmcompress.forward import run
 
         self.outputs = run(self.result.model.eval(), self.inputs)
         self.facts["largest_output"] = max(
@@ -161,7 +161,7 @@ class Subject:
     def save(self) -> None:
         """Write it."""
         import gmcompress as gm
-        from gmcompress.surgery import run
+        from gmcompress.forward import run
 
         self.outputs = run(self.result.model, self.inputs)  # the training step moved running means
         gm.save(self.result, self.folder / "small")
@@ -171,7 +171,7 @@ class Subject:
         import timm
 
         import gmcompress as gm
-        from gmcompress.surgery import run
+        from gmcompress.forward import run
 
         self.loaded = gm.load(self.folder / "small", timm.create_model(self.name))
         assert_equal(run(self.loaded, self.inputs), self.outputs)
@@ -179,7 +179,7 @@ class Subject:
     def densify(self) -> None:
         """Back to plain layers; equal outputs."""
         import gmcompress as gm
-        from gmcompress.surgery import run
+        from gmcompress.forward import run
 
         assert_equal(run(gm.densify(self.loaded), self.inputs), self.outputs)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from .errors import GMError
+from .forward import Inputs
 from .nesting import describe, is_plain, is_ragged, takes_all
-from .surgery import Inputs
 
 SAMPLES = 2000  # examples taken from the data, where they fit into MEMORY
 MEMORY = 1 << 29  # bytes of calibration inputs held

@@ -27,11 +27,11 @@ from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
 from .copies import parameters_of
+from .forward import Inputs, ungraded
 from .nesting import describe, floating, own_copy
 from .notes import Notes
 from .sensitivity import sensitivities
 from .streams import seeded
-from .surgery import Inputs, ungraded
 from .tuning.losses import find_blocks
 
 SIZE = 32  # examples of one step, at most

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from .batches import split_batch
 from .errors import GMError
+from .forward import Inputs, call, run_seeded, ungraded
 from .linalg import gram_matrix
 from .moments import version_of
 from .nesting import describe, floating, laid_open
 from .streams import seeded
-from .surgery import TIED_HEAD, Inputs, call, run_seeded, trace, ungraded
+from .surgery import TIED_HEAD, trace
 
 BACKWARD = 2_500_000  # numbers of input in one backward pass
 IMPOSSIBLE = -100.0  # the log-probability of a class that is ruled out

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attaching import structured
 from .errors import GMError, shown
+from .forward import run
 from .groupconv import GroupConv
 from .groups import Group, axes_of, embed, factor_generators
 from .groups import group as parse
@@ -21,7 +22,6 @@ from .liegrids import FACTORS
 from .motions import Motion, disc, motions, move, move_signal
 from .signals import flat_signal
 from .structure import distance, index_tensor
-from .surgery import run
 
 MOST = 64  # elements of a group that are all tried
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from .copies import count_parameters, parameters_of
 from .errors import GMError
+from .forward import Inputs, run_seeded, shell
 from .groups import Group, largest_quotient
 from .groups import group as parse_group
 from .jobs import apart
@@ -22,7 +23,7 @@ from .nesting import describe
 from .pipeline import check_outputs, compress, model_name
 from .planning import Plan, choose
 from .rehearsal import rehearsed_sites, watch
-from .surgery import Inputs, Site, check_model, run_seeded, shell, site_name, trace
+from .surgery import Site, check_model, site_name, trace
 from .tables import percent, table_text
 
 RANK = 0  # of the trial: group matrices alone, which every quotient but the trivial one makes smaller

@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .attaching import densify, structured
 from .errors import GMError
 from .files import new_file, read_tensors, usable, write_tensors
+from .forward import Inputs, run, run_seeded, shell
 from .nesting import describe
 from .reporting import Result
 from .storage import difference
-from .surgery import Inputs, check_model, run, run_seeded, shell
+from .surgery import check_model
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "dense": ".safetensors"}
 TOLERANCE = 1e-4

@@ -13,11 +13,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from .attaching import structured
 from .copies import duplicate, evaluating
 from .errors import GMError, said
+from .forward import Inputs, run_seeded, shell
 from .layers import GMLayer, Verdict
 from .metrics import latencies, measure_together
 from .nesting import is_plain
 from .reporting import Result
-from .surgery import Inputs, check_model, run_seeded, shell
+from .surgery import check_model
 
 PATHS = ("auto", "dense", "structured")
 GAIN = 0.97  # of the dense time that the fast product may take at most; what is nearer may be noise

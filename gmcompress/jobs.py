@@ -24,6 +24,7 @@ from .copies import WRITTEN, count_parameters, device_of, duplicate, evaluating,
 from .errors import GMError
 from .factors import Metric
 from .files import json_digest
+from .forward import Inputs, run_seeded, shell
 from .groups import Group
 from .groups import group as parse_group
 from .metrics import count_macs, replaced_positions, stored_bytes
@@ -34,7 +35,7 @@ from .projection import Fit, project
 from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, plan_digest, reconstruct
 from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
-from .surgery import Inputs, find_weight, read_weight, run_seeded, shell
+from .surgery import find_weight, read_weight
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, where it is not slower than usual

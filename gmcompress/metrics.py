@@ -18,6 +18,7 @@ from .attaching import CHILD, dense_class, is_replaced, structured
 from .copies import count_parameters, parameters_of, state_of
 from .costs import expansion_macs
 from .errors import GMError
+from .forward import Inputs, run, run_seeded, shell
 from .groupconv import GroupConv
 from .homogeneous import HomogeneousConv
 from .kinds import kind_of
@@ -26,7 +27,7 @@ from .layers import GMLayer, GMWeight
 from .nesting import describe
 from .streams import seeded
 from .structure import displacement_rank, distance, generator_displacement_rank
-from .surgery import Inputs, check_model, find_weight, run, run_seeded, shell
+from .surgery import check_model, find_weight
 from .tables import table_text
 
 

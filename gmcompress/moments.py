@@ -16,8 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap is of no use outside
 
+from .forward import Inputs, run_seeded
 from .linalg import cholesky, gram_matrix
-from .surgery import Inputs, run_seeded
 
 POSITIONS = 120  # input vectors per dimension of a moment, beyond which positions are drawn at random
 WORK = 5e10  # multiply-adds of the sums of one layer, beyond which they are drawn too, but for

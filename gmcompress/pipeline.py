@@ -19,6 +19,7 @@ from .batches import SAMPLES
 from .budgets import Given, parse_budget
 from .copies import count_parameters, parameters_of, settled
 from .errors import GMError, nearest_names
+from .forward import Inputs, run_seeded, shell
 from .groups import Group
 from .jobs import Job, private
 from .layers import GMLayer, GMWeight
@@ -30,7 +31,7 @@ from .reconstruction import Reconstruction
 from .rehearsal import rehearsed_sites, training_problem
 from .reporting import Report, Result
 from .structure import distance, expand
-from .surgery import Inputs, check_model, conv_groups_of, find_weight, read_weight, run_seeded, shell
+from .surgery import check_model, conv_groups_of, find_weight, read_weight
 from .tuning import Recipe, fine_tune
 
 Progress = Callable[[str, int, int], None]  # layer, done, of

@@ -29,6 +29,7 @@ from .calibration import (
     spread_of,
 )
 from .factors import Tensors, views_of
+from .forward import Inputs
 from .lowranks import leading
 from .moments import mean_output
 from .plain import is_plain
@@ -37,7 +38,7 @@ from .selection import Candidate
 from .streams import seeded
 from .structure import Structure, expand
 from .subjects import Subject, rank_within
-from .surgery import Inputs, find_weight, read_weight, write_weight
+from .surgery import find_weight, read_weight, write_weight
 
 PROBES = (0.45, 0.18)  # shares of a layer's weight that its low ranks may store
 RUNS = 1.5e12  # multiply-adds of the runs with one layer replaced, where gradients do not tell

@@ -15,13 +15,14 @@ from .calibration import norms_after, output_gradients
 from .candidates import plain_svd
 from .factors import Metric
 from .files import json_digest
+from .forward import Inputs
 from .moments import Moments, collect
 from .notes import Notes
 from .plain import is_plain
 from .projection import Fit, exactness, project, relative_error, svd_error
 from .structure import Structure, expand
 from .subjects import Subject
-from .surgery import Inputs, find_weight, read_weight, write_weight
+from .surgery import find_weight, read_weight, write_weight
 
 PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
 FEWEST = 3  # passes in any case

@@ -29,22 +29,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from .attaching import empty, exchange
 from .copies import duplicate, evaluating, parameters_of, state_of
 from .errors import GMError, said
+from .forward import Inputs, run_seeded, shell
 from .layers import GMLayer, GMWeight
 from .nesting import describe, laid_open
 from .streams import seeded
-from .surgery import (
-    Inputs,
-    Site,
-    Tracer,
-    count_calls,
-    find_weight,
-    holders,
-    read_weight,
-    run_seeded,
-    shell,
-    trace,
-    write_weight,
-)
+from .surgery import Site, Tracer, count_calls, find_weight, holders, read_weight, trace, write_weight
 
 ANY = "C1+lowrank:1"  # what all matrices are; who computes with the stored tensors instead finds other products
 EVALUATION, TRAINING, CHANGED = "evaluation", "training", "changed to training and not run"

@@ -13,10 +13,10 @@ from torch import nn
 
 from .errors import GMError, shown
 from .files import parse_json, usable, write_text
+from .forward import Inputs
 from .metrics import Metrics
 from .pages import render_html
 from .planning import Plan
-from .surgery import Inputs
 from .tables import WIDTH, percent, table_text
 
 LAYER: dict[str, Any] = {"layer": str, "structure": str, "dense": int, "stored": int}  # kinds of what every row holds

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .calibration import backpropagate, differentiable
 from .copies import parameters_of
+from .forward import Inputs
 from .nesting import floating
 from .streams import seeded
-from .surgery import Inputs
 
 DAMPED = 0.1  # of the mean, added everywhere: later blocks use more of a block's output than so few examples show
 

@@ -36,13 +36,14 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .forward import Inputs, run_seeded, shell
 from .groupconv import GroupConv
 from .layers import GMWeight
 from .nesting import ROOT, by_name, laid_open, nested, settings_text
 from .planning import Plan
 from .reporting import Result
 from .separables import like_told, separations
-from .surgery import Inputs, check_model, find_weight, run_seeded, shell
+from .surgery import check_model, find_weight
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CHECK = "gmcompress.json", "model.safetensors", "check.safetensors"

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import gmcompress as gm
 from gmcompress.attaching import attached, dense_class, remember, structured
+from gmcompress.forward import call, run
 from gmcompress.kinds import View
 from gmcompress.metrics import count_macs, layer_positions
-from gmcompress.surgery import call, find_weight, read_weight, run, trace, write_weight
+from gmcompress.surgery import find_weight, read_weight, trace, write_weight
 
 KINDS = [*zoo.kinds_zoo.MODELS, "tied", "encoder layer"]
 MODELS = pytest.mark.parametrize("name", KINDS)

@@ -10,7 +10,7 @@ from torch import nn
 
 import gmcompress as gm
 from gmcompress.copies import duplicate, evaluating, state_of
-from gmcompress.surgery import run
+from gmcompress.forward import run
 
 
 class Slotted(nn.Linear):

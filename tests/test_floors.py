@@ -13,6 +13,7 @@ FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing", "readonly"),
     ("fourier", "fewrows", "signals", "nesting", "streams"),
+    ("forward",),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils", "moments"),
     ("calibration", "lowranks"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import gmcompress as gm
-from gmcompress.surgery import run, run_seeded, shell
+from gmcompress.forward import run, run_seeded, shell
 
 
 class Base(nn.Module):

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gmcompress as gm
 from gmcompress import candidates
+from gmcompress.forward import run
 from gmcompress.metrics import count_macs, latencies, measure_together
-from gmcompress.surgery import run
 
 
 def scalings(model, inputs):

@@ -15,10 +15,10 @@ import gmcompress as gm
 from gmcompress import jobs
 from gmcompress.attaching import structured
 from gmcompress.copies import duplicate
+from gmcompress.forward import call, run
 from gmcompress.jobs import private
 from gmcompress.layers import GMLayer
 from gmcompress.pipeline import check_outputs
-from gmcompress.surgery import call, run
 
 
 def assert_same_outputs(found, expected, *, slack=10.0):

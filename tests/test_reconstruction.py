@@ -13,12 +13,12 @@ from torch import Generator, Tensor, nn
 from gmcompress.calibration import divergence, outputs
 from gmcompress.candidates import plain_svd
 from gmcompress.factors import Metric
+from gmcompress.forward import shell
 from gmcompress.notes import Notes
 from gmcompress.projection import project
 from gmcompress.reconstruction import EASY, Calibration, Reconstruction, best_fit, calibrate, reconstruct
 from gmcompress.structure import Structure, expand
 from gmcompress.subjects import Subject
-from gmcompress.surgery import shell
 
 
 class Convolutional(nn.Module):

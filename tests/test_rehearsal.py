@@ -14,8 +14,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import gmcompress as gm
 from gmcompress.attaching import structured
 from gmcompress.copies import duplicate
+from gmcompress.forward import run
 from gmcompress.rehearsal import ASIDE, ELSEWHERE, REFUSED, RUNS, UNREAD, _Rehearsal, agree, rehearsed_sites
-from gmcompress.surgery import read_weight, run, trace
+from gmcompress.surgery import read_weight, trace
 
 
 class Model(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import gmcompress as gm
 from gmcompress.files import json_digest, new_folder, read_json, read_tensors, write_json, write_text
-from gmcompress.surgery import run
+from gmcompress.forward import run
 
 
 def assert_bit_identical(found, expected):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import gmcompress as gm
-from gmcompress.surgery import call, run, shell, trace
+from gmcompress.forward import call, run, shell
+from gmcompress.surgery import trace
 
 
 def by_name(model, inputs=None):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..doctor import Examination, examine
 from ..errors import GMError, nearest_names
-from ..surgery import Inputs
+from ..forward import Inputs
 from .networks import Progress, build, example_inputs, find_device, silent
 from .settings import Settings
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..data import Images, input_size
 from ..errors import GMError, nearest_names
 from ..files import usable
+from ..forward import run, shell
 from ..storage import describe_folder, load
-from ..surgery import run, shell
 from .settings import Settings, read_yaml
 
 Progress = Callable[[str, int, int, str], None]  # what, done, of, note

@@ -16,12 +16,13 @@ from ..data import make_loader
 from ..errors import GMError
 from ..factors import Metric
 from ..files import usable, write_text
+from ..forward import Inputs
 from ..metrics import count_macs, replaced_positions, stored_bytes
 from ..pipeline import compress, sweep
 from ..planning import Plan, eligible
 from ..structure import Structure
 from ..subjects import Subject, multiply_adds, rank_within
-from ..surgery import Inputs, Site, read_weight
+from ..surgery import Site, read_weight
 from .compressing import calibration_data, told_as
 from .folders import NOTES, begun, check_new
 from .networks import Progress, accuracy, build, example_inputs, find_device, silent

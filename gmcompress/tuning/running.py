@@ -20,9 +20,9 @@ from ..attaching import structured
 from ..calibration import ends_in_classes
 from ..copies import duplicate, evaluating, parameters_of
 from ..errors import GMError, said
+from ..forward import Inputs, call
 from ..nesting import describe
 from ..streams import own_random_numbers
-from ..surgery import Inputs, call
 from .factors import Annealing, Decay
 from .losses import Features, distillation_loss, outputs_of, outputs_to_compare, own_loss, parts_of
 from .recipe import BATCH_NORMS, Recipe, learning_rate, optimizer_name, rates_to_try
