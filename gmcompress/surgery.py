@@ -335,9 +335,9 @@ def _obstacle(holder: Holder) -> str:
         return "its module is scripted, whose code is fixed"
     if isinstance(module, nn.RNNBase):
         return f"{name} hands its weights to torch as one flat list, in which none can be replaced"
-    if isinstance(module, SharingModule):
-        return f"it is a stored part of {name}, which has a structure already"
     if view_of(module, key, parameter) is None:
+        if isinstance(module, SharingModule):
+            return f"it is a stored part of {name}, which has a structure already"
         return f"{key} of {name} is not known to be a matrix; gmcompress.register can say so"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return f"{name} is a container, which would take the stored parts for one of its modules"
