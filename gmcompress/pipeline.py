@@ -153,13 +153,13 @@ def compress(
 ) -> Result:
     """Replace the weights of a trained model by structured ones within a budget; the model given stays as it is.
 
-    `budget` is what the whole model may take: "25%" of its parameters, or a mapping of "params", "bytes" or "macs" to
-    a share or a number; half of the parameters where neither it nor `rank` is given. Every layer gets the structure
-    with which the model is expected to lose least: dense, a low rank, adapted bases, or group matrices of a quotient
-    of `group`, the largest symmetry allowed. With `data` (a loader; labels are not read where the model
-    runs without them) at most `samples` examples measure what each layer's errors cost, the layers are fitted one after
-    another to the outputs of the dense ones, and those of a block then together, with its biases and norms; without, to
-    their weights.
+    `budget` is what the whole model may take: "25%" of its parameters, or a mapping of "params", "bytes" or "macs" to a
+    share or a number; half of the parameters where neither it nor `rank` is given. Every layer gets the structure with
+    which the model is expected to lose least: dense, a low rank, adapted bases, group matrices of a quotient of
+    `group`, the largest symmetry allowed, or in a `GroupConv` a sum of separable kernels. With `data` (a loader; labels
+    are not read where the model runs without them) at most `samples` examples measure what each layer's errors cost,
+    the layers are fitted one after another to the outputs of the dense ones, and those of a block then together, with
+    its biases and norms; without, to their weights.
 
     `rank` is the literal mode: on every layer the largest fitting quotient of `group` with a residual of this rank,
     "displacement" or "lowrank", or of the largest lower one if only then the layer gets smaller. Stem and classifier
