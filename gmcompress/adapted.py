@@ -21,7 +21,7 @@ ANCHOR = 0.33  # the share at which the grids of a layer are compared
 STEPS = 100  # of every fit; three times as many where the weight is small
 SMALL = 1 << 14  # numbers of a weight up to which fits cost next to nothing
 TINIEST = 1 << 10  # and up to which all sizes are fitted
-EASY = 0.35  # of the numbers of a weight; fits that store more take longer, as the square of the share
+EASY = 0.35  # of the numbers of a weight; fits that store more take longer, as a power of the share
 LAST = 0.7  # beyond, fits take too long to arrive, and the loss follows a power of what is not stored,
 FLATTER = 0.75  # with an exponent so many times that between the last two fits
 EFFORT = {True: 1e11, False: 2e10}  # multiply-adds for a layer's table, with data and without, that fits may take
@@ -68,9 +68,9 @@ def _fits(subject: Subject, *, split: bool, effort: float) -> dict[Structure, fl
     return losses
 
 
-def slowness(share: float) -> float:
+def slowness(share: float, *, power: float = 2.0) -> float:
     """How many times as long as usual a fit takes to arrive: the more it may store, the flatter are its valleys."""
-    return max(1.0, (share / EASY) ** 2)
+    return max(1.0, (share / EASY) ** power)
 
 
 def _few_fits(subject: Subject, *, split: bool, effort: float) -> dict[Structure, float]:

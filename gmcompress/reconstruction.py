@@ -28,6 +28,8 @@ PASSES = 5e12  # multiply-adds spent on running each of the two models for the m
 FEWEST = 3  # passes in any case
 EFFORT = 3e11  # multiply-adds of the fit of one layer, at most
 TOTAL = 1.5e12  # multiply-adds of the fits of all layers, where none is slower than usual
+PATIENCE = 3.0  # the power of the share of its numbers that a fit stores with which its time grows, where it is large
+ITERATIONS = 4000  # of a fit, at most
 BACKWARD_PASSES = 1e12  # multiply-adds spent on the outputs' gradients, which need no more examples than that allows
 FEWEST_BACKWARD = 64  # examples in any case
 HELD = 1.5e9  # bytes of moments held at once
@@ -205,7 +207,8 @@ def reconstruct(
             target = weight.double()
             if seen is not None and name == chunk[0]:
                 target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
-            allowed = effort * slowness(structures[name].parameters(weight.shape) / weight.numel())
+            share = structures[name].parameters(weight.shape) / weight.numel()
+            allowed = effort * slowness(share, power=PATIENCE)
             fit = best_fit(weight, target, structures[name], metric, effort=allowed)
             fitted = expand(fit.tensors, fit.structure, weight.shape)
             bias, mean = calibration.absorbed(name, layer, small, fitted, seen)
@@ -239,7 +242,7 @@ def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metri
 
     Plain SVD is what anyone can have; a plan that gave a layer something farther off would be a bad one.
     """
-    fit = project(wanted, structure, metric=metric, effort=effort)
+    fit = project(wanted, structure, metric=metric, effort=effort, iterations=ITERATIONS)
     if structure.group is None and structure.grid is not None:
         limit, exact = structure.parameters(weight.shape), exactness(weight)
         subject = Subject(wanted.to(exact), metric.to(exact))
