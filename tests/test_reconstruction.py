@@ -10,13 +10,14 @@ import zoo
 from conftest import assert_close, must_fail
 from torch import Generator, Tensor, nn
 
+from gmcompress.adapted import EASY
 from gmcompress.calibration import divergence, outputs
 from gmcompress.candidates import plain_svd
 from gmcompress.factors import Metric
 from gmcompress.forward import shell
 from gmcompress.notes import Notes
 from gmcompress.projection import project
-from gmcompress.reconstruction import EASY, Calibration, Reconstruction, best_fit, calibrate, reconstruct
+from gmcompress.reconstruction import PATIENCE, Calibration, Reconstruction, best_fit, calibrate, reconstruct
 from gmcompress.structure import Structure, expand
 from gmcompress.subjects import Subject
 
@@ -117,7 +118,7 @@ def test_a_fit_that_may_store_more_may_take_longer(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("gmcompress.reconstruction.best_fit", noted)
     reconstruct(dense, small, structures, known)
     assert taken[0] == taken[1]  # which store 29 and 25 % of their weights
-    assert taken[2] / taken[0] == pytest.approx((6 * 32 / 256 / EASY) ** 2)
+    assert taken[2] / taken[0] == pytest.approx((6 * 32 / 256 / EASY) ** PATIENCE)
 
 
 @SUBJECTS
