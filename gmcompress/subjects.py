@@ -31,7 +31,7 @@ SHARES = (
     0.84,
     0.95,
 )  # of the dense weight: sizes offered,
-# and those half-way between them
+FINER = 0.25  # and above this one those half-way between them: what smaller ones cost a network is less well known
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def rank_within(shape: Sequence[int], limit: int, *, grid: tuple[int, int] | Non
 
 def shares() -> list[float]:
     """The sizes offered."""
-    return [*SHARES, *(sum(pair) / 2 for pair in pairwise(SHARES))]
+    return [*SHARES, *(sum(pair) / 2 for pair in pairwise(SHARES) if min(pair) >= FINER)]
 
 
 def ladder(shape: Sequence[int], grid: tuple[int, int] | None = None, *, split: bool) -> list[int]:
