@@ -79,7 +79,7 @@ TRAINING = {
     "minutes": "train for so long, in place of --epochs; validation comes on top",
     "opt": "optimizer, by timm's name; auto is Nesterov SGD for networks with BatchNorm, else AdamW",
     "lr": "learning rate; by default the best in a trial of several",
-    "trial_lrs": "learning rates to try; by default 0.001 to 0.03 with SGD and its kin, 3e-5 to 1e-3 with others",
+    "trial_lrs": "learning rates to try; by default 0.001 to 0.1 with SGD and its kin, 1e-5 to 0.01 with others",
     "trial_steps": "steps for each of them; by default 5 % of all steps, between 5 and 40",
     "weight_decay": "weight decay",
     "decay": "what it acts on in compressed layers: their computed weight, or the factors that they store",

@@ -15,7 +15,7 @@ from ..errors import GMError, nearest_names, shown
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SGD_KIN = ("sgd", "nesterov", "momentum")
 SGD_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
-OTHER_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+OTHER_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TRIAL_STEPS = 5, 40  # at least, at most, where the recipe does not say
 TRIAL_SHARE = 0.05  # of all steps, between these two
 LONGEST_WARMUP = 0.5  # of all steps
@@ -43,8 +43,8 @@ class Recipe:
     `optimizer` is a name that timm knows; "auto" is AdamW, for networks with BatchNorm and without structured layers
     SGD with Nesterov momentum. The rate warms up over `warmup` epochs (at most half of the run) and follows a cosine to
     zero. Where `lr` is None, its peak is found by a trial of `trial_lrs` (by default 0.001, 0.003, 0.01, 0.03 and 0.1
-    for SGD and its kin, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3 and 0.01 for others), of each for `trial_steps` steps: by default
-    5 % of all steps, between 5 and 40, and not more than the run has; they come on top of the epochs.
+    for SGD and its kin, 1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003 and 0.01 for others), of each for `trial_steps` steps: by
+    default 5 % of all steps, between 5 and 40, and not more than the run has; they come on top of the epochs.
 
     `weight_decay` acts on matrices and kernels, not on biases and norms. With `decay="weight"` a structured layer is
     decayed as a dense one is, by its computed weight: with SGD and its kin by the gradient of weight_decay/2 × ‖W‖²,
@@ -147,7 +147,7 @@ def rates_to_try(optimizer: str, recipe: Recipe) -> tuple[float, ...]:
     """The learning rates of the trial, smallest first.
 
     >>> rates_to_try("adamw", Recipe())
-    (3e-05, 0.0001, 0.0003, 0.001, 0.003, 0.01)
+    (1e-05, 3e-05, 0.0001, 0.0003, 0.001, 0.003, 0.01)
     """
     ladder = SGD_RATES if any(each in optimizer for each in SGD_KIN) else OTHER_RATES
     return tuple(sorted(set(recipe.trial_lrs or ladder)))
