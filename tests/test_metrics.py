@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gmcompress as gm
-from gmcompress import candidates
+from gmcompress import adapted
 from gmcompress.forward import run
 from gmcompress.metrics import count_macs, latencies, measure_together
 
@@ -95,7 +95,7 @@ def test_the_projections_of_attention_count(build, shape, products):
 
 def test_a_budget_on_multiply_adds_knows_of_the_projections(monkeypatch):
     """They count as they are, for no structure makes them cheaper; the rest has to make up for it."""
-    monkeypatch.setattr(candidates, "GRIDS", ())
+    monkeypatch.setattr(adapted, "GRIDS", ())
     model, inputs = nn.TransformerEncoderLayer(16, 4, 64, batch_first=True).eval(), torch.randn(2, 10, 16)
     options = {"include": "*", "inputs": inputs}
     result = gm.compress(model, "C4", budget={"macs": "70%"}, **options)
