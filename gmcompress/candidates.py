@@ -31,8 +31,8 @@ def candidates(subject: Subject, group: Group | None, *, effort: float = 1.0) ->
     found = [subject.candidate(None, 0.0), *lower]
     found += adapted_bases(subject, lower, effort=effort)
     for structure in _separables(subject.shape, subject.taps):
-        fitted = expand(project(subject.weight, structure).tensors, structure, subject.shape)
-        found.append(subject.candidate(structure, subject.relative_loss(fitted)))
+        loss = subject.loss_of(structure, project(subject.weight, structure).tensors)
+        found.append(subject.candidate(structure, loss))
     if group is not None:
         found += _group_matrices(subject, group, lower)
     return undominated(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -13,24 +13,14 @@ from torch import Tensor
 
 from . import costs
 from .factored import Window
-from .factors import Metric, Tensors
+from .factors import Metric
 from .lowranks import LowRanks, low_ranks
 from .products import why_slow
 from .selection import Candidate
 from .structure import Structure, expand
 
-SHARES = (
-    0.04,
-    0.07,
-    0.11,
-    0.17,
-    0.25,
-    0.35,
-    0.48,
-    0.64,
-    0.84,
-    0.95,
-)  # of the dense weight: sizes offered,
+# of the dense weight: sizes offered
+SHARES = (0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.48, 0.64, 0.84, 0.95)
 FINER = 0.25  # and above this one those half-way between them: what smaller ones cost a network is less well known
 
 
@@ -76,7 +66,7 @@ class Subject:
         """tr(G E S Eᵀ)/tr(G W S Wᵀ)."""
         return self.metric.loss(approximation.to(self.weight) - self.weight) / self.whole
 
-    def loss_of(self, structure: Structure, tensors: Tensors) -> float:
+    def loss_of(self, structure: Structure, tensors: Mapping[str, Tensor]) -> float:
         """The relative loss of stored tensors."""
         return self.relative_loss(expand(tensors, structure, self.shape))
 
@@ -149,13 +139,6 @@ def shares() -> list[float]:
 
 
 def ladder(shape: Sequence[int], grid: tuple[int, int] | None = None, *, split: bool) -> list[int]:
-    """The ranks offered of one family, ascending."""
-    return ranks_within(shape, shares(), grid, split=split)
-
-
-def ranks_within(
-    shape: Sequence[int], shares: Iterable[float], grid: tuple[int, int] | None = None, *, split: bool
-) -> list[int]:
-    """The largest ranks within shares of the dense numbers, ascending."""
-    ranks = {rank_within(shape, int(share * prod(shape)), grid=grid, split=split) for share in shares}
+    """The ranks offered of one family, the largest within every share of the dense numbers, ascending."""
+    ranks = {rank_within(shape, int(share * prod(shape)), grid=grid, split=split) for share in shares()}
     return sorted(ranks - {0})
