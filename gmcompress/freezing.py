@@ -112,6 +112,8 @@ def _measured(model: nn.Module, inputs: Inputs, repeats: int) -> dict[str, Verdi
             assert isinstance(layer, GMLayer)
             if layer.is_frozen or layer.computes_with_others or not given or not isinstance(given[0], Tensor):
                 return
+            if not given[0].numel():  # as of an expert to which nothing is routed, on which nothing can be timed
+                return
             if _is_differentiated(layer):
                 layer.verdict = Verdict("dense", reason="torch.func differentiates it, where no path can be timed")
                 return

@@ -210,6 +210,31 @@ def test_layers_that_are_not_called(monkeypatch):
     assert found["unused"] == Verdict("dense", reason="not called on these inputs")
 
 
+class Routed(nn.Module):
+    """Experts that run one after the other, each on the rows that are routed to it, which may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([GMLinear(8, 8, "C8") for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(self.experts[at](x[rows]).sum() for at, rows in enumerate(([], [0], []))) + self.experts[2](x).sum()
+
+
+def test_layers_that_are_called_with_nothing(monkeypatch):
+    times(monkeypatch, 1.0, 0.1)
+    model, x = Routed().eval(), torch.randn(4, 8)
+    found = gm.verdicts(gm.freeze(model, inputs=x))
+    assert [found[f"experts.{at}"].path for at in range(3)] == ["dense", "structured", "structured"]
+    assert found["experts.0"].reason == "not called on these inputs"
+    for path in freezing.PATHS:
+        frozen = gm.freeze(model, path, inputs=x)
+        assert_close(frozen(x), model(x), slack=10)
+        assert gm.measure(frozen, x, repeats=1).macs > 0
+    empty = model.experts[0].eval()
+    assert count_macs(gm.freeze(empty, "structured"), x[:0])[0] == 0
+
+
 class Ensemble(nn.Module):
     """Layers whose tensors run stacked through one of them."""
 

@@ -271,6 +271,8 @@ class GMLayer(SharingModule):
 
     def fast_macs(self, given: Tensor) -> int:
         """Multiply-adds of the fast product on an input."""
+        if not given.numel():  # as of an expert to which nothing is routed
+            return 0
         moves = self._moves(given)
         assert moves is not None, "a layer that was called has an input"
         size, window, _ = moves
