@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
+from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -163,7 +164,7 @@ def view_of(module: nn.Module, key: str, parameter: Tensor) -> View | None:
             )
         return None
     transposed = letters.index("i") < letters.index("o")
-    groups = getattr(module, "groups", 1) if transposed and "k" in letters else 1
+    groups = conv_groups(module) if transposed and "k" in letters else 1
     return View(letters, tuple(parameter.shape), groups)
 
 
@@ -192,5 +193,15 @@ def check_registered(module: nn.Module, names: Iterable[str]) -> None:
 
 def rows_in_groups(module: nn.Module, key: str) -> int:
     """The convolution groups in which the rows of a module's matrix are."""
+    return conv_groups(module) if "k" in layouts_of(type(module)).get(key, "") else 1
+
+
+def conv_groups(module: nn.Module) -> int:
+    """The convolution groups of a module, 1 where it has none; numpy's integers, which torch takes too, as Python's.
+
+    >>> import numpy
+    >>> conv_groups(nn.Conv2d(8, 8, 3, groups=numpy.int64(2))), conv_groups(nn.ReLU())
+    (2, 1)
+    """
     groups = getattr(module, "groups", 1)
-    return groups if "k" in layouts_of(type(module)).get(key, "") and isinstance(groups, int) else 1
+    return int(groups) if isinstance(groups, Integral) else 1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vmap is of no use outside
 
 from .forward import Inputs, run_seeded
+from .kinds import conv_groups
 from .linalg import cholesky, gram_matrix
 
 POSITIONS = 120  # input vectors per dimension of a moment, beyond which positions are drawn at random
@@ -219,7 +220,7 @@ class _Sums:
     def __init__(self, module: nn.Module, batches: int, places: Tensor | None, *, crossed: bool) -> None:
         self.module, self.batches, self.crossed = module, batches, crossed
         self.places = torch.ones(1, dtype=torch.float32, device="cpu") if places is None else places.cpu()
-        self.groups = getattr(module, "groups", 1)
+        self.groups = conv_groups(module)
         self.size = module.get_parameter("weight")[0].numel()
         self.weights = [0.0, 0.0] if crossed else [0.0]  # of the vectors, summed, and their squares
         self.squares = [0.0 for _ in self.weights]

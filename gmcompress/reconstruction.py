@@ -16,6 +16,7 @@ from .candidates import plain_svd
 from .factors import Metric
 from .files import json_digest
 from .forward import Inputs
+from .kinds import conv_groups
 from .moments import Moments, collect
 from .notes import Notes
 from .plain import is_plain
@@ -101,7 +102,7 @@ class Calibration:
         held = 0.0
         for name in names:
             weight = model.get_submodule(name).get_parameter("weight")
-            size = 8.0 * weight[0].numel() ** 2 * getattr(model.get_submodule(name), "groups", 1)
+            size = 8.0 * weight[0].numel() ** 2 * conv_groups(model.get_submodule(name))
             if not found or len(found[-1]) >= most or held + size > HELD:
                 found.append([])
                 held = 5 * size  # the first one's moments are crossed, and in halves

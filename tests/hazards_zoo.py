@@ -7,6 +7,7 @@ import warnings
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -142,6 +143,23 @@ class Altered(nn.Module):
         return self.head(named(self.wide(self.conv(self.stem(x)).mean((2, 3)))) * named.kernel)
 
 
+class NumpySizes(nn.Module):
+    """Layers whose sizes and settings are integers of numpy, as products of a shape are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        one, three, eight = np.int64(1), np.int64(3), np.int64(8)
+        self.stem = nn.Conv2d(three, eight, one)
+        self.conv = nn.Conv2d(eight, eight, three, stride=one, padding=one, groups=np.int64(2))
+        self.up = nn.ConvTranspose2d(eight, eight, three, stride=np.int64(2), groups=np.int64(2))
+        self.body = nn.Linear(np.prod((8, 3, 3)), eight)
+        self.head = nn.Linear(eight, three)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 3, 3, 3)
+        x = torch.relu(self.conv(self.stem(x)))
+        return self.head(torch.relu(self.body((x + self.up(x)[..., ::2, ::2][..., :3, :3]).flatten(1))))
+
+
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
@@ -153,6 +171,7 @@ MODELS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "other parts": (OtherParts, lambda: rows(4, 8), ("body", "compiled._orig_mod.0", "parallel.module")),
     "habits": (Habits, lambda: [rows(4, 8), [rows(4, 8)]], ("body", "more")),
     "altered": (Altered, lambda: rows(2, 3, 6, 6), ("conv", "wide", "named")),
+    "sizes of numpy": (NumpySizes, lambda: rows(8, 3, 3, 3), ("conv", "up", "body")),
     "forces": (Forces, lambda: rows(4, 8), ("body", "more")),
     "nested": (
         Nested,

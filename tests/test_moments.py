@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,6 +23,7 @@ CONVOLUTIONS = [
     {"kernel_size": (1, 3), "groups": 4, "padding": "same", "dilation": 2},
     {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
     {"kernel_size": 2, "padding": 1, "padding_mode": "circular", "groups": 2},
+    {"kernel_size": 3, "groups": np.int64(2), "stride": np.int64(2)},
 ]
 
 

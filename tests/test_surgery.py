@@ -43,6 +43,11 @@ def test_roles_and_calls():
     assert by_name(nn.Linear(4, 4))[""].role == ""
 
 
+def test_convolution_groups_may_be_an_integer_of_numpy():
+    sites = {site.name: site for site in trace(zoo.MODELS["sizes of numpy"].build())}
+    assert [sites[name].conv_groups for name in ("conv", "up", "body")] == [2, 2, 1]
+
+
 def test_order_is_that_of_the_run_not_of_the_definition():
     class Backwards(nn.Module):
         def __init__(self):
