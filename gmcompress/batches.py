@@ -61,8 +61,8 @@ def take(
 
     A batch is (inputs, labels), inputs, or a mapping, whose "labels" are left out unless asked for; a tensor alone is
     one batch. Inputs beside labels may be a mapping or several tensors, and a list of images beside as many mappings is
-    one argument. Where the model's `forward` is of a form that takes all tensors of a batch, or all but the last, and
-    not the first alone, they are its arguments.
+    one argument. Where the model's `forward` is of a form that takes all parts of a batch, or all but the last, and not
+    the first alone, they are its arguments: a tensor, and tensors, lists of tensors and numbers.
 
     Raises:
         GMError: the data is empty, or a batch is something else.
@@ -95,11 +95,12 @@ def moved(inputs: Any, device: torch.device | None) -> Any:
 
 
 def count_arguments(batch: Any, form: Signature | None) -> int:
-    """How many tensors of a batch, from the first on, are arguments of a model of this form that needs several.
+    """How many parts of a batch, from the first on, are arguments of a model of this form that needs several.
 
-    They are all, or all but the labels behind them; 0 where the form does not tell.
+    They are all, or all but the labels behind them; 0 where the form does not tell. The first is a tensor, the others
+    are tensors, lists of tensors or numbers.
     """
-    if form is None or not _are_tensors(batch):
+    if form is None or not _are_arguments(batch):
         return 0
     return next((each for each in (len(batch), len(batch) - 1) if each > 1 and takes_all(form, batch[:each])), 0)
 
@@ -138,6 +139,13 @@ def _goes_with(inputs: Any, labels: Any) -> bool:
 def _are_tensors(given: Any) -> bool:
     """Whether it is a list or tuple of tensors, one at least."""
     return isinstance(given, list | tuple) and bool(given) and all(isinstance(each, Tensor) for each in given)
+
+
+def _are_arguments(given: Any) -> bool:
+    """Whether it is a list or tuple with a tensor first, and tensors, lists of tensors and numbers behind it."""
+    if not (isinstance(given, list | tuple) and given and isinstance(given[0], Tensor)):
+        return False
+    return all(isinstance(each, Tensor | int | float) or _are_tensors(each) for each in given)
 
 
 def _is_detection(batch: Any) -> bool:

@@ -1,6 +1,7 @@
 """Batches of data: what is taken of a loader, parts of a batch, and bad data."""
 
 from collections.abc import Iterator
+from inspect import signature
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 import gmcompress as gm
 from gmcompress import batches
-from gmcompress.batches import count_examples, first_of, is_divisible, split_batch, take
+from gmcompress.batches import count_arguments, count_examples, first_of, is_divisible, split_batch, take
 from gmcompress.errors import GMError
 from gmcompress.jobs import undivided
 
@@ -181,3 +182,29 @@ def test_models_of_several_arguments_are_given_all_of_a_batch() -> None:
     assert losses[0] == losses[1]
     with pytest.raises(gm.GMError, match="labels"):
         gm.tune(small.model, [batch], epochs=1, lr=1e-3)
+
+
+def test_arguments_of_several_may_be_lists_and_numbers(generator: Generator) -> None:
+    class Recommends(nn.Module):
+        """Numbers, and for each of two tables the entries that are looked up and where those of an example begin."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList([nn.EmbeddingBag(16, 8), nn.EmbeddingBag(12, 8)])
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor, entries: list[Tensor], starts: list[Tensor], scale: float) -> Tensor:
+            found = [table(*each) for table, *each in zip(self.tables, entries, starts, strict=True)]
+            return scale * self.head(torch.tanh(self.body(x + sum(found))))
+
+    torch.manual_seed(0)
+    x, labels = torch.randn(20, 8, generator=generator), torch.randn(20, 1, generator=generator)
+    entries = [torch.randint(12, (40,), generator=generator) for _ in range(2)]
+    batch = [x, entries, [torch.arange(0, 40, 2)] * 2, 0.5]
+    model = Recommends().eval()
+    for data in ([batch], [(*batch, labels)]):
+        result = gm.compress(model, "C4", budget="75%", data=data, effort=0.1)
+        assert result.model(*batch).shape == (20, 1)
+        assert len(gm.tune(result, data, epochs=1, lr=1e-3).report.history) == 1
+    for pair in ((x, {"y": x}), ("a", "b"), ([x, x], labels)):
+        assert count_arguments(pair, signature(model.forward)) == 0
