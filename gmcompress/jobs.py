@@ -229,22 +229,36 @@ def _taken(model: nn.Module, data: Iterable[Any], *, samples: int, device: torch
 def undivided(trial: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
     """The batches, marked as whole where the model runs on all of one but not on an example by itself.
 
-    So it is where the first axis holds frames, or places of a sequence, or where the model fixes its size; a last batch
-    that is smaller than that is left out. `trial` is a copy of the model, whose tensors a run may change.
+    So it is where the first axis holds frames, or places of a sequence, or where the model fixes its size, or keeps a
+    state of the size of its first batch; a last batch that is smaller than that is left out. `trial` is a copy of the
+    model, whose tensors a run may change.
     """
     first: dict[str, tuple[Inputs, Inputs]] = {}
     for each in filter(is_divisible, batches):
         one = first_of(each, 1)
         first.setdefault(describe(one), (one, each))
-    bound = {key: each for key, (one, each) in first.items() if not _runs(trial, one) and _runs(trial, each)}
+    keeping = {key for key, (_, each) in first.items() if _keeps_size(trial, each)}
+    bound = {
+        key: each
+        for key, (one, each) in first.items()
+        if key in keeping or (not _runs(trial, one) and _runs(trial, each))
+    }
     found = []
     for each in batches:
-        fits = bound.get(describe(first_of(each, 1)))
+        key = describe(first_of(each, 1))
+        fits = bound.get(key)
         if fits is None:
             found.append(each)
-        elif describe(each) == describe(fits) or _runs(trial, each):
+        elif describe(each) == describe(fits) or (key not in keeping and _runs(trial, each)):
             found.append(whole(each))
     return found
+
+
+def _keeps_size(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model that ran on three examples does not run on two, as one that keeps a state for each of three."""
+    once = shell(model)
+    more, fewer = (first_of(inputs, min(size, count_examples(inputs) - less)) for size, less in ((3, 0), (2, 1)))
+    return count_examples(inputs) > 1 and _runs(once, more) and not _runs(once, fewer)
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> bool:

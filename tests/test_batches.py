@@ -159,6 +159,34 @@ def test_a_last_batch_that_a_model_of_fixed_size_cannot_take_is_left_out(generat
     assert len(undivided(nn.Linear(8, 8), data)) == 3, "the control"
 
 
+class Remembers(nn.Module):
+    """Goes on from the state that it left at its last call, a row for each example of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.body, self.head = nn.LSTM(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.state: tuple[Tensor, ...] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, places, 8)
+        found, state = self.cell(x.transpose(0, 1), self.state)
+        self.state = tuple(each.detach() for each in state)
+        return self.head(torch.tanh(self.body(found[-1])))
+
+
+def test_a_model_that_keeps_a_state_for_each_example_is_given_batches_of_one_size(generator: Generator) -> None:
+    torch.manual_seed(0)
+    model, data = Remembers().eval(), torch.randn(14, 5, 8, generator=generator).split(4)
+    kept = undivided(Remembers(), data)
+    assert [count_examples(each) for each in kept] == [4, 4, 4]
+    assert not any(map(is_divisible, kept))
+    options = {"include": ["body", "head"], "effort": 0.1}
+    found = gm.compress(model, "C4", budget="99%", data=data, inputs=data[0], **options)
+    assert list(found.plan.layers)
+    assert model.state is None
+    assert found.model.state is None
+    assert gm.tune(found, data[:3], epochs=1, lr=1e-3).model(data[0]).shape == (4, 3)
+
+
 def test_models_of_several_arguments_are_given_all_of_a_batch() -> None:
     class Compares(nn.Module):
         def __init__(self) -> None:
