@@ -24,8 +24,8 @@ from .structure import Structure, expand
 
 COUPLED = 48  # rank up to which the preconditioner couples the scales of a block; above it their diagonal is enough
 OVERHEAD = 2e7  # multiply-adds that could be done while a small product is set up
-MEMORY, LEAST_MEMORY = 30, 5  # steps that L-BFGS remembers, fewer where they are more numbers than the next line says
-MEMORY_NUMBERS = 50_000_000
+MEMORY, LEAST_MEMORY = 30, 6  # steps that L-BFGS remembers, fewer where they are more numbers than the next line says:
+MEMORY_NUMBERS = 1_000_000  # what leaves the cache takes longer than the few more steps that it saves
 REFRESH = 20  # steps after which the preconditioner is computed anew, and convergence is judged
 REFRESHES = 4  # of the exact preconditioner that the effort must allow, else a coarser one is used
 DAMPING = 0.1  # of the diagonal of the preconditioner's blocks, added to it
@@ -257,6 +257,11 @@ class _Flat:
         return lambda r: self.join(solve(self.apart(r)))
 
 
+def _remembered(size: int) -> int:
+    """How many steps are remembered where each is so many numbers."""
+    return max(LEAST_MEMORY, min(MEMORY, MEMORY_NUMBERS // max(1, size)))
+
+
 class _Memory:
     """The last steps s and the changes y of the gradient along them, as rows, and the products s_i·y_j.
 
@@ -265,7 +270,7 @@ class _Memory:
     """
 
     def __init__(self, size: int, like: Tensor) -> None:
-        most = max(LEAST_MEMORY, min(MEMORY, MEMORY_NUMBERS // max(1, size)))
+        most = _remembered(size)
         self.steps, self.changes = like.new_zeros(most, size), like.new_zeros(most, size)
         self.products = torch.zeros(most, most, dtype=torch.float64, device=like.device)
         self.order: list[int] = []  # rows in use, oldest first
@@ -361,7 +366,8 @@ def refine(
 
 def step_cost(structure: Structure, shape: Sequence[int], metric: Metric) -> float:
     """Multiply-adds of one step of `refine`, about, and OVERHEAD."""
-    remembered = 4 * MEMORY * structure.parameters(shape)
+    stored = structure.parameters(shape)
+    remembered = 4 * _remembered(stored) * stored
     moments = sum(each.shape[-1] for each in (metric.inputs, metric.outputs) if each is not None)
     return float(prod(shape) * (6 * structure.lowrank + moments + 8) + remembered) + OVERHEAD
 
