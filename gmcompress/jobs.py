@@ -255,10 +255,12 @@ def undivided(trial: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
 
 
 def _keeps_size(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a model that ran on three examples does not run on two, as one that keeps a state for each of three."""
+    """Whether a model that ran on some examples does not run on one fewer, as one that keeps a state for each does."""
+    more = min(3, count_examples(inputs))
+    if more < 2:
+        return False
     once = shell(model)
-    more, fewer = (first_of(inputs, min(size, count_examples(inputs) - less)) for size, less in ((3, 0), (2, 1)))
-    return count_examples(inputs) > 1 and _runs(once, more) and not _runs(once, fewer)
+    return _runs(once, first_of(inputs, more)) and not _runs(once, first_of(inputs, more - 1))
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> bool:
