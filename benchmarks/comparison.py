@@ -214,7 +214,7 @@ def add_options(add: Callable[..., Any], *, competitors: Sequence[str], budgets:
     add("--lr", type=float, help="the peak of the learning rate (default: found by a trial, for everybody)")
     add("--trial-lrs", type=float, nargs="+", default=[], help="rates of the trial (default: the package's)")
     add("--opt", default="auto", help="optimizer, as timm calls it")
-    add("--temperature", type=float, default=4.0)
+    add("--temperature", type=float, help="of the distillation (default: found from the dense model's answers)")
     add("--features", type=float, help="weight of the loss between the outputs of the blocks (default: the package's)")
     add("--seeds", type=int, nargs="+", default=[0], help="of the tuning")
     add("--device", choices=["cpu", "cuda"], default="cpu")

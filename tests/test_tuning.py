@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gmcompress as gm
 from gmcompress.checkpoints import read_history
 from gmcompress.tuning import Recipe, distillation_loss, find_blocks, fine_tune
+from gmcompress.tuning.losses import temperature_of
 from gmcompress.tuning.trial import chosen
 
 
@@ -145,6 +146,32 @@ def test_the_loss_is_that_of_hinton(generator):
     assert_close(distillation_loss(found, wanted, labels, recipe), expected)
     assert_close(distillation_loss(found, None, labels, recipe), F.cross_entropy(found, labels))
     assert_close(distillation_loss(found, found, None, recipe), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize(("classes", "scale"), [(10, 8.0), (1000, 6.0), (3, 8.0)])
+def test_the_temperature_leaves_a_quarter_of_the_entropy(classes, scale, generator):
+    logits = scale * torch.randn(64, classes, generator=generator)
+    found = temperature_of(logits)
+    share = torch.distributions.Categorical(logits=logits / found).entropy().mean() / math.log(classes)
+    assert 1 < found < 8
+    assert abs(share - 0.25) < 0.005
+    assert temperature_of(logits.reshape(8, 8, classes), torch.zeros(8, 8, dtype=torch.int64)) == found
+    assert temperature_of(logits.T.reshape(1, classes, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)) == found
+    assert (temperature_of(0.1 * logits), temperature_of(100 * logits)) == (1.0, 8.0)  # its ends
+
+
+def test_the_temperature_is_found_from_the_teachers_answers(trained, tmp_path):
+    sure = copy.deepcopy(trained)
+    sure[-1].weight.data *= 5
+    small, recipe = gm.compress(sure, "C4", rank=1).model, Recipe(epochs=2, lr=0.02)
+    found, _ = fine_tune(small, loader(), recipe, teacher=sure, folder=tmp_path)
+    checkpoint = json.loads((tmp_path / "checkpoint-0002" / "checkpoint.json").read_text())
+    temperature = checkpoint["decided"]["temperature"]
+    assert 1 < temperature < 8
+    given, _ = fine_tune(small, loader(), replace(recipe, temperature=temperature), teacher=sure)
+    assert_same_weights(found, given)
+    other, _ = fine_tune(small, loader(), replace(recipe, temperature=8.0), teacher=sure)
+    must_fail(assert_same_weights, found, other)
 
 
 def test_the_axis_of_classes(generator):

@@ -90,7 +90,7 @@ TRAINING = {
     "model_ema_decay": "decay of that average",
     "distillation": "weight of the loss against the dense network's outputs",
     "task": "weight of the loss against the labels",
-    "temperature": "temperature of the distillation",
+    "temperature": "temperature of the distillation (default: found from the dense network's answers)",
     "features": "weight of the loss against the outputs of the dense network's blocks, which fades (default: 300)",
     "blocks": "these blocks; by default those found, such as layer1.0",
     "anneal": "share of the steps over which what compression took away fades, in place of being gone at once",

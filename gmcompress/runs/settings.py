@@ -66,7 +66,7 @@ class Settings:
     clip_grad: float | None = Recipe.clip
     model_ema: bool = False
     model_ema_decay: float = 0.9998
-    temperature: float = Recipe.temperature
+    temperature: float | None = Recipe.temperature
     distillation: float = Recipe.distillation
     task: float = Recipe.task
     features: float | None = Recipe.features

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def fine_tune(
         if folder is None:
             raise GMError("resume=True needs the folder of the checkpoints")
         history, decided = load_checkpoint(folder, run.state(), asdict(recipe))
-    if not history:
+    if history:
+        run.recipe = replace(recipe, temperature=decided["temperature"])
+    else:
         decided = _begin(run, begun, progress)
     for epoch in range(len(history), math.ceil(decided["steps"] / run.steps)):
         seed_all(recipe.seed, epoch + 1)
@@ -98,7 +100,9 @@ def fine_tune(
 
 def _begin(run: Run, begun: float, progress: Progress | None) -> dict[str, Any]:
     """Recalibrate, and decide what has to be known before the first step."""
+    seed_all(run.recipe.seed, 0, 4)
+    run.recipe = replace(run.recipe, temperature=run.temperature())
     seed_all(run.recipe.seed, 0)
     run.annealing.set(0.0)
     run.recalibrate()
-    return decide(run, begun=begun, progress=progress)
+    return decide(run, begun=begun, progress=progress) | {"temperature": run.recipe.temperature}

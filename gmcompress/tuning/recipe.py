@@ -32,13 +32,14 @@ class Recipe:
     With neither, BatchNorm statistics are re-estimated and nothing is trained.
 
     The loss is `distillation` × T² × KL(teacher ‖ student) at `temperature` T, plus `task` × cross-entropy with the
-    labels, or the loss that the model has itself where it takes `labels` beside other inputs by name. Outputs that are
-    no logits of classes have the relative squared error in place of both. To this comes `features` × the relative
-    squared error of the outputs of `blocks`, meaned over these modules, a weight that falls in a line to zero over the
-    run: what blocks put out says more of every example than the logits do, and brings a compressed network near its
-    teacher sooner. Without names the blocks are found: the modules with structured layers directly inside the outermost
-    nn.Sequential and nn.ModuleList, such as layer1.0 or blocks.0, whose outputs have the teacher's shapes. `features`
-    None is FEATURES = 300 where there is a teacher with such blocks, else 0.
+    labels, or the loss that the model has itself where it takes `labels` beside other inputs by name. T is found from
+    the teacher's first answers where it is None: see `temperature_of`. Outputs that are no logits of classes have the
+    relative squared error in place of both. To this comes `features` × the relative squared error of the outputs of
+    `blocks`, meaned over these modules, a weight that falls in a line to zero over the run: what blocks put out says
+    more of every example than the logits do, and brings a compressed network near its teacher sooner. Without names the
+    blocks are found: the modules with structured layers directly inside the outermost nn.Sequential and nn.ModuleList,
+    such as layer1.0 or blocks.0, whose outputs have the teacher's shapes. `features` None is FEATURES = 300 where there
+    is a teacher with such blocks, else 0.
 
     `optimizer` is a name that timm knows; "auto" is AdamW, for networks with BatchNorm and without structured layers
     SGD with Nesterov momentum. The rate warms up over `warmup` epochs (at most half of the run) and follows a cosine to
@@ -71,7 +72,7 @@ class Recipe:
     decay: str = "weight"
     momentum: float = 0.9
     warmup: float = 0.2
-    temperature: float = 4.0
+    temperature: float | None = None
     distillation: float = 0.9
     task: float = 0.1
     features: float | None = None

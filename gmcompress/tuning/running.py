@@ -24,11 +24,21 @@ from ..forward import Inputs, call
 from ..nesting import describe
 from ..streams import own_random_numbers
 from .factors import Annealing, Decay
-from .losses import Features, distillation_loss, outputs_of, outputs_to_compare, own_loss, parts_of
+from .losses import (
+    Features,
+    distillation_loss,
+    has_classes,
+    outputs_of,
+    outputs_to_compare,
+    own_loss,
+    parts_of,
+    temperature_of,
+)
 from .recipe import BATCH_NORMS, Recipe, learning_rate, optimizer_name, rates_to_try
 
 Progress = Callable[[int, int, int, float], None]  # epoch, step, steps, loss; the epoch of the trial is -1
 JUDGED = 8  # batches on which recalibrated statistics are compared with the old ones
+HEARD = 4  # batches, at most, on which the teacher's answers say what temperature suits them
 
 
 class Run:
@@ -142,6 +152,23 @@ class Run:
             teacher = self.teacher
             self.logits = teacher is None or bool(structured(teacher)) or ends_in_classes(teacher, inputs)
         return self.logits
+
+    @torch.no_grad()
+    def temperature(self) -> float | None:
+        """The recipe's, or the mean of those that suit the teacher's answers to the first batches, if it gives any."""
+        if self.recipe.temperature is not None or self.teacher is None:
+            return self.recipe.temperature
+        found: list[float] = []
+        for batch in islice(self.loader, HEARD):
+            inputs, labels = parts_of(batch, self.device, self.form)
+            with self.accelerator.autocast():
+                wanted, named = outputs_to_compare(self._called(self.teacher, inputs))
+            if "labels" in self.form.parameters:  # a model with a loss of its own
+                labels = None
+            logits = named or labels is not None or self._has_logits(inputs)
+            if has_classes(wanted, labels, logits=logits):
+                found.append(temperature_of(wanted, labels))
+        return self.mean(sum(found) / len(found)) if found else None
 
     def leaves_parameters_out(self) -> bool:
         """Whether the loss of a first batch leaves a trainable parameter without a gradient, in any of the processes.
