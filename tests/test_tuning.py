@@ -21,6 +21,7 @@ import gmcompress as gm
 from gmcompress.checkpoints import read_history
 from gmcompress.tuning import Recipe, distillation_loss, find_blocks, fine_tune
 from gmcompress.tuning.losses import temperature_of
+from gmcompress.tuning.running import Run
 from gmcompress.tuning.trial import chosen
 
 
@@ -306,6 +307,17 @@ def test_the_climb(rates, tried):
 )
 def test_the_rate_chosen(losses, start, rate):
     assert chosen(losses, start) == rate
+    assert chosen(losses, start, slack=0.0) == min(losses, key=lambda each: losses[each])
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(5, 0.4), (6, 0.2)])
+def test_where_batches_recur_in_the_trial_the_best_rate_is_taken(steps, rate, monkeypatch):
+    """Of 6 batches one judges, so that 5 steps see each of the others once, and 6 see one of them twice."""
+    losses = iter([1.0, 0.5, 0.6, 0.7])  # at the start, at 0.2, at 0.4, and at 0.1 where 0.4 was not taken
+    monkeypatch.setattr(Run, "loss_on", lambda *_args, **_options: next(losses))
+    recipe = Recipe(epochs=1, trial_lrs=(0.1, 0.2, 0.4), trial_steps=steps, recalibrate=False)
+    _, history = fine_tune(normed(), loader(), recipe)
+    assert json.loads(history[0]["trial"])["lr"] == rate
 
 
 def test_a_resumed_training_tries_nothing(tmp_path):

@@ -54,7 +54,9 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     one, as it has the time to settle: the one chosen is the largest that still lowers the loss half as much as the best
     does, or ends with at most 7 % more of it. It is lowered from that at the start, with BatchNorm from that after as
     many steps at rate zero, in which its statistics alone move. From the middle of the ladder the rates climb as long
-    as they are borne; where the first step up is not, they descend as long as the loss falls.
+    as they are borne; where the first step up is not, they descend as long as the loss falls. Where batches recur in so
+    short a trial, a whole run sees them so often that it learns them by heart, the more so at a large rate: there the
+    one chosen is the best.
 
     Raises:
         GMError: the loss is finite at none of the rates.
@@ -65,6 +67,7 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     moving = any(isinstance(each, BATCH_NORMS) for each in run.plain.modules())
     warmup, total = min(run.warmup(steps), LONGEST_WARMUP), (moving + len(run.rates)) * length
     found: dict[float, float] = {}
+    slack = 1.0 if length + len(held) <= run.steps else 0.0
     with run.taken_back() as undo:
 
         def judged() -> float:
@@ -83,9 +86,9 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
             return judged()
 
         before = loss_after(0.0, 0) if moving else judged()
-        for number, rate in enumerate(climb(run.rates, found, before), start=moving):
+        for number, rate in enumerate(climb(run.rates, found, before, slack=slack), start=moving):
             found[rate] = loss_after(rate, number)
-    best = chosen(found, before)
+    best = chosen(found, before, slack=slack)
     if progress is not None and len(found) < len(run.rates):  # the rest is not tried
         progress(-1, total, total, found[best])
     if math.isinf(found[best]):
@@ -96,25 +99,27 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
     return {"lr": best, "losses": losses, "start": before, "steps": length, "seconds": seconds}
 
 
-def chosen(losses: Mapping[float, float], start: float) -> float:
-    """The largest rate that a long run bears; the best where none lowers the loss.
+def chosen(losses: Mapping[float, float], start: float, *, slack: float = 1.0) -> float:
+    """The largest rate that a long run bears; the best where none lowers the loss, and where there is no slack.
 
     >>> chosen({0.1: 7.0, 0.2: 5.0, 0.4: 6.0, 0.8: 8.0}, start=8.0)
     0.4
     """
     best = min(losses, key=lambda rate: (losses[rate], rate))
-    return max([best, *(rate for rate in losses if _bearable(losses[rate], losses[best], start))])
+    return max([best, *(rate for rate in losses if _bearable(losses[rate], losses[best], start, slack))])
 
 
-def _bearable(loss: float, best: float, start: float) -> bool:
+def _bearable(loss: float, best: float, start: float, slack: float) -> bool:
     gain = start - best if math.isfinite(start) else 0.0
-    return best < start and math.isfinite(loss) and loss - best <= max(GOOD * gain, SETTLED * best)
+    return best < start and math.isfinite(loss) and loss - best <= slack * max(GOOD * gain, SETTLED * best)
 
 
 def climb(
     rates: Sequence[float],  # smallest first
     losses: Mapping[float, float],  # by rate, as far as they are known
     start: float,  # the loss at rate zero
+    *,
+    slack: float = 1.0,  # as in `chosen`
 ) -> Iterator[float]:
     """The rates to try; the caller puts the loss of each into `losses` before it asks for the next.
 
@@ -127,10 +132,10 @@ def climb(
     middle = len(rates) // 2
     yield rates[middle]
     for below, rate in pairwise(rates[middle:]):
-        if not _bearable(losses[below], min(losses.values()), start):
+        if not _bearable(losses[below], min(losses.values()), start, slack):
             break
         yield rate
-    if chosen(losses, start) > rates[middle]:
+    if chosen(losses, start, slack=slack) > rates[middle]:
         return
     for rate in rates[:middle][::-1]:
         best = min(losses.values())
