@@ -47,6 +47,19 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNITS / 1e9
 
 
+def fill_zero_norms(model: Any) -> None:
+    """Scale by 1 where an initialisation lets a norm scale by 0, as no trained network has it.
+
+    Behind such a norm no gradient arrives, and what calibration learns from gradients would be found by single runs.
+    """
+    import torch
+
+    for module in model.modules():
+        scale = getattr(module, "weight", None)
+        if "Norm" in type(module).__name__ and isinstance(scale, torch.nn.Parameter) and not scale.any():
+            torch.nn.init.ones_(scale)
+
+
 def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compress one model with random weights in this process; `dense_gigabytes` is the peak before it began."""
     import timm
@@ -58,6 +71,7 @@ def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = timm.create_model(name)
+    fill_zero_norms(model)
     size = model.default_cfg["input_size"]
     inputs = torch.randn(1, *size) if options.inputs else None
     data = torch.randn(options.samples, *size).split(BATCH) if options.samples else None
