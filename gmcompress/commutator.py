@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attaching import structured
 from .errors import GMError, shown
-from .forward import run
+from .forward import run, shell
 from .groupconv import GroupConv
 from .groups import Group, axes_of, embed, factor_generators
 from .groups import group as parse
@@ -87,19 +87,14 @@ def equivariance_error(
         whole = parse(group)
         flat_signal(inputs, whole)
         trying = partial(_finite_trials, whole, inputs, stride, invariant, elements)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        plain = _output(model, inputs)
-        moves, trials = trying(plain)
-        errors = []
-        for element, moved, expected, within in trials:
-            found, wanted = (each.double() * within for each in (_output(model, moved), expected))
-            size = max(float(wanted.norm()), torch.finfo(torch.float64).tiny)
-            errors.append((float((found - wanted).norm()) / size, element))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    ready = shell(model, private=True)
+    plain = _output(ready, inputs)
+    moves, trials = trying(plain)
+    errors = []
+    for element, moved, expected, within in trials:
+        found, wanted = (each.double() * within for each in (_output(ready, moved), expected))
+        size = max(float(wanted.norm()), torch.finfo(torch.float64).tiny)
+        errors.append((float((found - wanted).norm()) / size, element))
     worst, element = max(errors, key=itemgetter(0), default=(0.0, 0))
     return {
         "error": float(np.sqrt(np.mean([error**2 for error, _ in errors]))) if errors else 0.0,

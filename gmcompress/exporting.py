@@ -88,10 +88,12 @@ def export(
         inputs = model.inputs if inputs is None else inputs
         model = model.model
     check_model(model)
-    ready = shell(model).cpu()
+    ready = shell(model, private=True).cpu()
     example = _example(ready, inputs)
     with new_file(target) as beside, _quietly():
-        example, again, notes = _WRITERS[format](ready, example, beside)
+        # what a first run writes into its parameters would be in the file, and be written again by whoever loads it
+        written = shell(model, private=True).cpu() if format == "dense" else ready
+        example, again, notes = _WRITERS[format](written, example, beside)
         worst = _worst(ready, example, again)
         if not worst <= tolerance:
             raise GMError(

@@ -18,10 +18,11 @@ from .streams import seeded
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
-def shell(model: nn.Module) -> nn.Module:
+def shell(model: nn.Module, *, private: bool = False) -> nn.Module:
     """A copy in evaluation mode on the same memory, so that running it leaves the caller's modules alone.
 
-    Parameters that a run writes into are copied. None takes a gradient, with which torch's FlopCounterMode would fail.
+    Parameters that a run is known to write into are copied, of a `private` one all are. None takes a gradient, with
+    which torch's FlopCounterMode would fail.
 
     Raises:
         GMError: the model cannot be copied.
@@ -29,7 +30,7 @@ def shell(model: nn.Module) -> nn.Module:
     held = parameters_of(model).values()
     tables = (each for each in model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag))
     own = {id(each) for table in tables if table.max_norm is not None for each in parameters_of(table).values()}
-    own |= {id(each) for each in held if WRITTEN in vars(each)}
+    own |= {id(each) for each in held if private or WRITTEN in vars(each)}
     memo = {id(each): nn.Parameter(each.detach().clone() if id(each) in own else each.detach(), False) for each in held}
     return evaluating(duplicate(model, memo))
 

@@ -67,7 +67,7 @@ class Job:
         *,
         inplace: bool = False,
     ) -> Job:
-        """The job, its data read; the model itself where it is to be changed.
+        """The job, its data read; of the model itself where it is to be changed.
 
         Raises:
             GMError: the data is empty or of another kind, or the effort is not a positive number.
@@ -80,7 +80,7 @@ class Job:
         kept = [] if trial is None else undivided(trial, batches)
         if inputs is None and batches:
             inputs = first_of(batches[0], EXAMPLES) if is_divisible(kept[0]) else batches[0]
-        free = model if inplace else apart(model, inputs, trial=trial)
+        free = apart(model, inputs, trial=trial, inplace=inplace)
         return cls(free, group, kept, inputs, float(effort), progress)
 
     def watched(self) -> nn.Module:
@@ -271,10 +271,13 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
     return True
 
 
-def apart(model: nn.Module, inputs: Inputs | None, *, trial: nn.Module | None = None) -> nn.Module:
+def apart(
+    model: nn.Module, inputs: Inputs | None, *, trial: nn.Module | None = None, inplace: bool = False
+) -> nn.Module:
     """The model, or a copy of it where a run writes into its parameters, so that they stay as they are.
 
-    That is tried on `trial`, a copy. A shell, which shares the parameters, has buffers of its own.
+    That is tried on `trial`, a copy. A shell, which shares the parameters, has buffers of its own, and copies those
+    parameters that are marked here; with inplace=True those of the model itself are.
 
     Raises:
         GMError: the model does not run on the inputs, or a run changes which parameters it has.
@@ -291,7 +294,7 @@ def apart(model: nn.Module, inputs: Inputs | None, *, trial: nn.Module | None = 
     written = [name for name in dense if not torch.equal(before[name], after[name])]
     if not written:
         return model
-    copied = duplicate(model, {})
+    copied = model if inplace else duplicate(model, {})
     for name in written:  # so that one run does not find what another has written
         setattr(parameters_of(copied)[name], WRITTEN, True)
     return copied

@@ -74,7 +74,9 @@ def measure(model: nn.Module, inputs: Inputs | None = None, *, repeats: int = 15
     >>> measure(nn.Linear(8, 4), torch.zeros(2, 8)).macs
     64
     """
-    return measure_together([model], inputs, repeats=repeats)[0]
+    check_model(model)
+    ready = model if inputs is None else shell(model, private=True)  # a run may write into its parameters
+    return measure_together([ready], inputs, repeats=repeats)[0]
 
 
 def measure_together(

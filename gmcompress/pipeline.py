@@ -183,12 +183,11 @@ def compress(
     check_model(model)
     if plan is not None:
         check_plan(plan, model)
-    job = Job.of(model, group, inputs, data, samples, effort, progress, inplace=inplace and plan is not None)
+    job = Job.of(model, group, inputs, data, samples, effort, progress, inplace=inplace)
     if plan is None:
         rules: dict[str, Any] = {"include": include, "exclude": exclude, "overrides": overrides, "ties": ties}
         plan = _planned(job, budget=budget, rank=rank, residual=residual, checkpoint=checkpoint, **rules)
         check_plan(plan, model)
-        job = changed(job, model=model) if inplace else job
     return carry_out(plan, job, checkpoint=checkpoint, inplace=inplace)
 
 

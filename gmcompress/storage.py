@@ -191,7 +191,7 @@ def _pair(model: nn.Module, inputs: Inputs | None) -> dict[str, Any]:
     """Example inputs, cut down to one sample where the model runs on that, and the outputs they give."""
     if inputs is None:
         return {}
-    named, ready = by_name(list(inputs) if isinstance(inputs, tuple) else inputs), shell(model)
+    named, ready = by_name(list(inputs) if isinstance(inputs, tuple) else inputs), shell(model, private=True)
     if is_divisible(inputs):
         try:
             first = {key: value[:1].clone() if isinstance(value, Tensor) else value for key, value in named.items()}
@@ -353,7 +353,7 @@ def _check_pair(model: nn.Module, pair: dict[str, Tensor], inputs: Sequence[str]
         if not is_setting and name not in pair:
             raise GMError(f"{place / CHECK} lacks inputs that {DESCRIPTION} names")
         named[name] = parse_json(value, text[:80]) if is_setting else pair[name].to(device)
-    found = _tensors(run_seeded(shell(model), _unnamed(named)))
+    found = _tensors(run_seeded(shell(model, private=True), _unnamed(named)))
     wanted = [pair[name] for name in sorted(pair) if name.startswith("output.")]
     if [each.shape for each in found] != [each.shape for each in wanted]:
         raise GMError(

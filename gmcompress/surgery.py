@@ -265,7 +265,7 @@ def conv_groups_of(model: nn.Module, name: str) -> int:
 def _calls_by_run(model: nn.Module, inputs: Inputs) -> Counter[str]:
     """How often each module runs, in order of first call, seen by hooks on a shell of the model."""
     calls: Counter[str] = Counter()
-    watched = shell(model)
+    watched = shell(model, private=True)
     count_calls(watched, calls)
     run_seeded(watched, inputs)
     return calls

@@ -209,7 +209,7 @@ def accuracy(
     >>> accuracy(nn.Linear(4, 2), [(torch.zeros(3, 4), torch.tensor([0, 0, 1]))]).top5
     100.0
     """
-    ready = shell(model)
+    ready = shell(model, private=True)
     device = next(model.parameters()).device
     total, of = 0, len(loader)  # type: ignore[arg-type]
     hits = torch.zeros(2, dtype=torch.int64)
