@@ -274,6 +274,21 @@ def _followed(value: Any, copies: Mapping[int, Any]) -> Any:
         return copies[id(value)]
     if isinstance(value, weakref.ref):
         return weakref.ref(copies[id(value())]) if id(value()) in copies else value
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """All parameters by all their names, and buffers and other state as `state_of` has them.
+
+    What code of the model's own makes of a parameter or buffer for its state, such as one of half precision, is left
+    out for the tensor itself.
+
+    Raises:
+        GMError: as `state_of`.
+    """
+    state = state_of(model)
+    buffers = {name: each for name, each in model.named_buffers(remove_duplicate=False) if name in state}
+    held = {**parameters_of(model, aliases=True), **buffers}
+    return {name: held.get(name, each) for name, each in state.items()} | held
+
+
     if isinstance(value, MethodType):
         return MethodType(value.__func__, _followed(value.__self__, copies))
     if not isinstance(value, FunctionType):

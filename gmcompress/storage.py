@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from .attaching import CHILD, empty, exchange, structured
 from .batches import is_divisible, moved
-from .copies import device_of, evaluating, parameters_of, state_of
-from .errors import GMError, nearest_names, shown
+from .copies import device_of, evaluating, parameters_of, state_of, whole_state
+from .errors import GMError, nearest_names, said, shown
 from .files import (
     file_digest,
     is_storable,
@@ -159,7 +159,7 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in state_of(model).items():
+    for name, tensor in whole_state(model).items():
         if not isinstance(tensor, Tensor):
             raise GMError(f"the model's state {name!r} is no tensor but {type(tensor).__name__}, which cannot be saved")
         if not is_storable(tensor):
@@ -288,8 +288,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
     _make_buffers(
         model, {name: tensors[aliases.get(name, name)] for name in known if aliases.get(name, name) in tensors}
     )
-    own, buffers = state_of(model), dict(model.named_buffers(remove_duplicate=False))
-    missing, foreign = sorted(set(own) - known), sorted(known - set(own))
+    own, buffers = whole_state(model), dict(model.named_buffers(remove_duplicate=False))
+    missing, foreign = sorted(set(state_of(model)) - known), sorted(known - set(own))
     if missing or foreign:
         name = (missing or foreign)[0]
         which = (
@@ -298,6 +298,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
             else f"holds {name!r}, which the model has not; near: {nearest_names(name, own)}"
         )
         raise GMError(f"{place / WEIGHTS} was saved from another model: it {which}")
+    own = {name: each for name, each in own.items() if name in known}
     for name, target in own.items():
         found = tensors.get(aliases.get(name, name))
         if found is None or str(found.dtype).removeprefix("torch.") != content["dtypes"].get(aliases.get(name, name)):
@@ -308,15 +309,43 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], content: Mapping[str, An
         if found.shape != target.shape and not unfilled:
             shapes = f"{tuple(found.shape)} there, {tuple(target.shape)} in the model"
             raise GMError(f"{place / WEIGHTS} was saved from another model: {name!r} has shape {shapes}")
+    stored = {name: tensors[aliases.get(name, name)] for name in own}
     _check_ties(own, {name: aliases.get(name, name) for name in own}, tensors, place)
+    held = {id(each) for each in (*parameters_of(model).values(), *buffers.values())}
     with torch.no_grad():
         for name, target in own.items():
-            found, (path, _, key) = tensors[aliases.get(name, name)], name.rpartition(".")
+            found, (path, _, key) = stored[name], name.rpartition(".")
             if key == "_extra_state":
                 model.get_submodule(path).set_extra_state(found)
-            # a fresh copy is aligned in memory, without which some CPU kernels round in another order
-            like = target if found.shape == target.shape else found  # strides stay, as those of channels_last
-            target.data = torch.empty_like(like, dtype=found.dtype, device=target.device).copy_(found)
+            elif id(target) in held:
+                # a fresh copy is aligned in memory, without which some CPU kernels round in another order
+                like = target if found.shape == target.shape else found  # strides stay, as those of channels_last
+                target.data = torch.empty_like(like, dtype=found.dtype, device=target.device).copy_(found)
+    made = [name for name, each in own.items() if id(each) not in held and not name.endswith("_extra_state")]
+    _fill_made(model, stored, made, place)
+
+
+def _fill_made(model: nn.Module, stored: Mapping[str, Tensor], names: Sequence[str], place: Path) -> None:
+    """Put back the state that is no parameter or buffer, but made by the model's own code for its state_dict.
+
+    What is made of tensors that are in place by now is as it was stored; all else its own way of loading takes.
+    """
+    if not _unlike(model, stored, names):
+        return
+    try:
+        nn.Module.load_state_dict(model, dict(stored), strict=False)
+    except Exception as problem:  # of any kind, from hooks and methods
+        raise GMError(f"{place}: this {type(model).__name__} cannot load its own state: {said(problem)}") from problem
+    if unlike := _unlike(model, stored, names):
+        what = f"{unlike[0]!r} is made by the model's own code for its state_dict, which does not take it back"
+        raise GMError(f"{place / WEIGHTS}: {what}; give the class a _load_from_state_dict that does")
+
+
+def _unlike(model: nn.Module, stored: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+    """Those of the tensors in the state of a model that are not the stored ones up to rounding."""
+    own = state_of(model) if names else {}
+    gaps = {name: difference(own[name].detach().cpu(), stored[name].cpu()) for name in names}
+    return [name for name, (gap, limit) in gaps.items() if not gap <= limit]
 
 
 def _check_ties(own: Mapping[str, Any], sources: Mapping[str, str], tensors: Mapping[str, Tensor], place: Path) -> None:

@@ -65,3 +65,71 @@ def test_a_loaded_or_exported_model_has_not_run_yet(tmp_path):
     for each in (loaded, dense):
         assert_close(each(x), expected, slack=10)
         must_fail(assert_close, each.head.weight, model.head.weight)
+
+
+class Transposes(nn.Linear):
+    """Keeps its weight the other way round in its state."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight.detach().T.contiguous()
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].T
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Writes(Transposes):
+    """The same, but past torch's own way of loading."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *_rest):
+        with torch.no_grad():
+            self.weight.copy_(state_dict[f"{prefix}weight"].T)
+            self.bias.copy_(state_dict[f"{prefix}bias"])
+
+
+def halve(_module, state, _prefix, _metadata):
+    for key, each in state.items():
+        state[key] = each.half()
+
+
+def copied(_module, state, _prefix, _metadata):
+    for key, each in state.items():
+        state[key] = each.detach().clone()
+
+
+@pytest.mark.parametrize("kind", [Transposes, Writes, halve, copied])
+def test_state_that_a_model_makes_itself_is_put_back(kind, tmp_path):
+    def build():
+        model = Base()
+        if isinstance(kind, type):
+            model.body, model.head = kind(8, 8), kind(8, 3)
+        else:
+            model.register_state_dict_post_hook(kind)
+        return model.eval()
+
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(8, 8)
+    result = gm.compress(model, "C4", rank=1, inputs=x)
+    assert list(result.plan.layers) == ["body", "more"]
+    gm.save(result, tmp_path / "small")
+    assert_close(gm.load(tmp_path / "small", build())(x), result.model(x))
+
+
+def test_state_that_is_not_taken_back_is_told(tmp_path):
+    class Doubles(Base):
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[f"{prefix}sum"] = self.head.weight.detach().sum() + self.factor
+
+        factor = 1.0
+
+    torch.manual_seed(0)
+    model, x = Doubles().eval(), torch.randn(8, 8)
+    small = gm.compress(model, "C4", rank=1, inputs=x).model
+    gm.save(small, tmp_path / "small", inputs=x)
+    assert_close(gm.load(tmp_path / "small", Doubles())(x), small(x))
+    small.factor = 2.0
+    gm.save(small, tmp_path / "small", inputs=x)
+    with pytest.raises(gm.GMError, match=r"'sum' is made by the model's own code .* does not take it back"):
+        gm.load(tmp_path / "small", Doubles())
