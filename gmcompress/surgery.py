@@ -11,6 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ WRAPPERS = {
     "ModelEmaV3": ".module",
 }
 HARMLESS = ("DataParallel", "OptimizedModule")  # around a part of a model
+HOOKED = "_hf_hook"  # where accelerate keeps the hook that its forward of a module runs
+UNHOOK = " by accelerate; accelerate.hooks.remove_hook_from_module(model, recurse=True) takes that back"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TIED_HEAD = "output embedding"  # the role of an embedding that is the output head too
@@ -111,7 +114,9 @@ def check_model(model: nn.Module, *, meta: bool = False) -> None:
         if type(parameter.data).__name__ == "DTensor":
             raise GMError(f"{name!r} is sharded (DTensor); gather the model's full parameters first")
         if parameter.is_meta and not meta:
-            raise GMError(f"{name!r} is on the meta device and holds no values; load the weights first")
+            hooked = any(HOOKED in vars(each) for each in model.modules())
+            remedy = f", put elsewhere{UNHOOK}" if hooked else "; load the weights first"
+            raise GMError(f"{name!r} is on the meta device and holds no values{remedy}")
 
 
 def trace(model: nn.Module, inputs: Inputs | None = None) -> tuple[Site, ...]:
@@ -341,8 +346,8 @@ def _obstacle(holder: Holder) -> str:
         return f"{key} of {name} is not known to be a matrix; gmcompress.register can say so"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return f"{name} is a container, which would take the stored parts for one of its modules"
-    if "forward" in vars(module):
-        return "its forward has been replaced on the instance"
+    if _has_other_forward(module):
+        return f"its forward has been replaced on the instance{UNHOOK if HOOKED in vars(module) else ''}"
     if parameter.dtype not in FLOATS:
         return f"its {key} is of type {parameter.dtype}"
     if parameter.layout is not torch.strided:
@@ -352,6 +357,13 @@ def _obstacle(holder: Holder) -> str:
     if getattr(module, "sparse", False) is True:
         return "its gradients are sparse, which those of a computed weight cannot be"
     return ""
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's own, which is what takers back of another leave."""
+    forward = vars(module).get("forward")
+    is_own = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+    return forward is not None and not (is_own and forward.__self__ is module)
 
 
 def get_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ import copy
 import functools
 import types
 
+import accelerate
 import pytest
 import torch
 import zoo
@@ -85,7 +86,10 @@ def test_obstacles_are_named():
         assert not any(site.obstacle for site in trace(free) if not site.name.endswith("gain"))
     patched = nn.Linear(4, 4)
     patched.forward = lambda x: x
-    assert "forward has been replaced" in by_name(patched)[""].obstacle
+    assert by_name(patched)[""].obstacle.endswith("replaced on the instance")
+    hooked = accelerate.hooks.add_hook_to_module(nn.Linear(4, 4), accelerate.hooks.AlignDevicesHook("cpu"))
+    assert "remove_hook_from_module(model, recurse=True) takes that back" in by_name(hooked)[""].obstacle
+    assert by_name(accelerate.hooks.remove_hook_from_module(hooked))[""].obstacle == ""
     assert by_name(nn.Linear(4, 4))[""].obstacle == ""
 
 
@@ -122,6 +126,10 @@ def test_compiled_scripted_meta_and_foreign_models_are_refused():
         trace(torch.compile(zoo.mlp()))
     with pytest.raises(gm.GMError, match="meta device"):
         trace(zoo.mlp().to("meta"))
+    offloaded = accelerate.cpu_offload(zoo.mlp(), execution_device="cpu")
+    with pytest.raises(gm.GMError, match=r"on the meta device .* elsewhere by accelerate; .*remove_hook_from_module"):
+        trace(offloaded)
+    assert trace(accelerate.hooks.remove_hook_from_module(offloaded, recurse=True))
     with pytest.raises(gm.GMError, match="not dict"):
         trace({})
 
