@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
-from .copies import parameters_of
+from .copies import evaluating, parameters_of
 from .forward import Inputs, ungraded
 from .nesting import describe, floating, own_copy
 from .notes import Notes
@@ -100,7 +100,7 @@ def refit_blocks(
         return []
     passes = max(1, min(PASSES, affordable // examples))
     training = {module: module.training for module in small.modules()}
-    small.eval()
+    evaluating(small)
     held = pieces[HELD_OUT // 2 :: HELD_OUT]
     wanted, had = outputs(dense, held), {key: each.detach().clone() for key, each in parameters_of(small).items()}
     before = divergence(wanted, outputs(small, held), logits=logits)
@@ -130,7 +130,7 @@ def refit_blocks(
             done = [replace(each, after=each.before, rate=0.0) for each in done]
     finally:
         for module, mode in training.items():
-            module.training = mode
+            vars(module)["training"] = mode
     return done
 
 

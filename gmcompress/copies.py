@@ -39,7 +39,8 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     _complete(model, found, leaves)
     was_training = {name: module.training for name, module in model.named_modules()}
     for name, module in found.named_modules():
-        module.training = was_training.get(name, module.training)  # graph modules are all in training once copied
+        # graph modules are all in training once copied; a __setattr__ of its own may refuse
+        vars(module)["training"] = was_training.get(name, module.training)
         inside = (each for key, each in vars(module).items() if isinstance(each, dict) and key != "_modules")
         for held in (vars(module), *inside):  # but for its children: what was put in may hold what it stands for
             held.update({key: _followed(each, leaves) for key, each in held.items() if callable(each)})
@@ -226,11 +227,20 @@ def evaluating(model: nn.Module) -> nn.Module:
 
     Where a class has a `train` of its own, that may return nothing, or be something else altogether.
     """
+    return _in_mode(model, training=False)
+
+
+def training(model: nn.Module) -> nn.Module:
+    """The model itself, put into training mode, in the same way."""
+    return _in_mode(model, training=True)
+
+
+def _in_mode(model: nn.Module, *, training: bool) -> nn.Module:
     try:
-        model.eval()
+        model.train() if training else model.eval()
     except Exception:
         for module in model.modules():
-            module.training = False
+            vars(module)["training"] = training  # past a __setattr__ of its own, which may refuse
     return model
 
 
@@ -264,16 +274,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         raise GMError(f"this {type(model).__name__} cannot give its state_dict: {said(problem)}") from problem
 
 
-def _followed(value: Any, copies: Mapping[int, Any]) -> Any:
-    """A hook or other function that reaches parts of a model, as one that reaches their copies.
-
-    A deep copy leaves functions as they are, with what they close over, so that a copied model would go on to call
-    parts of the one it was copied from.
-    """
-    if id(value) in copies:
-        return copies[id(value)]
-    if isinstance(value, weakref.ref):
-        return weakref.ref(copies[id(value())]) if id(value()) in copies else value
 def whole_state(model: nn.Module) -> dict[str, Any]:
     """All parameters by all their names, and buffers and other state as `state_of` has them.
 
@@ -289,6 +289,16 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
     return {name: held.get(name, each) for name, each in state.items()} | held
 
 
+def _followed(value: Any, copies: Mapping[int, Any]) -> Any:
+    """A hook or other function that reaches parts of a model, as one that reaches their copies.
+
+    A deep copy leaves functions as they are, with what they close over, so that a copied model would go on to call
+    parts of the one it was copied from.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, weakref.ref):
+        return weakref.ref(copies[id(value())]) if id(value()) in copies else value
     if isinstance(value, MethodType):
         return MethodType(value.__func__, _followed(value.__self__, copies))
     if not isinstance(value, FunctionType):

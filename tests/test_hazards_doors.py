@@ -1,5 +1,7 @@
 """Models that write into their own weights, make their own state or let nothing be set on them, at every door."""
 
+import copy
+
 import pytest
 import torch
 from conftest import assert_close, must_fail
@@ -133,3 +135,22 @@ def test_state_that_is_not_taken_back_is_told(tmp_path):
     gm.save(small, tmp_path / "small", inputs=x)
     with pytest.raises(gm.GMError, match=r"'sum' is made by the model's own code .* does not take it back"):
         gm.load(tmp_path / "small", Doubles())
+
+
+def test_a_model_on_which_nothing_can_be_set(tmp_path):
+    class Sealed(Base):
+        def __setattr__(self, key, value):
+            if "head" in vars(self).get("_modules", ()):
+                raise AttributeError(f"{key} cannot be set")
+            super().__setattr__(key, value)
+
+    torch.manual_seed(0)
+    model, x = Sealed(), torch.randn(8, 8)
+    result = gm.compress(model, "C4", budget="85%", data=[x], effort=0.1)
+    gm.save(result, tmp_path / "small")
+    for each in (gm.load(tmp_path / "small", Sealed()), gm.densify(result.model), gm.freeze(result, repeats=1).model):
+        assert_close(each(x), result.model(x), slack=10)
+    before = copy.deepcopy(result.model.state_dict())
+    with pytest.raises(gm.GMError, match=r"accelerate cannot prepare this Sealed: .* cannot be set"):
+        gm.tune(result, [x], epochs=1, lr=1e-3)
+    assert all(torch.equal(each, before[key]) for key, each in result.model.state_dict().items())

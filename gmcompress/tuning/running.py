@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attaching import structured
 from ..calibration import ends_in_classes
-from ..copies import duplicate, evaluating, parameters_of
+from ..copies import duplicate, evaluating, parameters_of, training
 from ..errors import GMError, said
 from ..forward import Inputs, call
 from ..nesting import describe
@@ -83,7 +83,10 @@ class Run:
             self.loader = self.accelerator.prepare(loader)
             unused = self.leaves_parameters_out()
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
-        self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, self.loader)
+        try:
+            self.model, self.stepper, self.loader = self.accelerator.prepare(model, self.optimizer, self.loader)
+        except Exception as problem:  # of any kind: it sets attributes on what it prepares, and wraps it
+            raise GMError(f"accelerate cannot prepare this {type(model).__name__}: {said(problem)}") from problem
         self.steps = len(self.loader)  # in an epoch, of this process, where there are several
 
     def state(self) -> dict[str, Any]:
@@ -180,12 +183,12 @@ class Run:
         drawing = getattr(self.loader, "synchronized_generator", None)  # of a loader that accelerate prepared
         drawn = None if drawing is None else drawing.get_state()
         with own_random_numbers(), self.taken_back():
-            self.model.train()
+            training(self.model)
             self.loss(next(iter(self.loader), None), features=1.0).backward()
         left = any(each.requires_grad and each.grad is None for each in parameters_of(self.model).values())
         self.model.zero_grad()
         for module, mode in modes.items():
-            module.training = mode
+            vars(module)["training"] = mode
         if drawing is not None:
             drawing.set_state(drawn)
         return self.mean(float(left)) > 0
@@ -219,7 +222,7 @@ class Run:
 
     def epoch(self, number: int, *, steps: int, peak: float, progress: Progress | None) -> dict[str, Any]:
         """One pass over the loader, of a run of so many steps; the last pass ends with the last step."""
-        self.model.train()
+        training(self.model)
         start, total, seen, first = time.perf_counter(), 0.0, 0, number * self.steps
         here = min(self.steps, steps - first)
         for batch in self.loader:
@@ -258,7 +261,7 @@ class Run:
         judged = list(islice(self.loader, JUDGED)) if self.recipe.recalibrate == "auto" else []
         old = [copy.deepcopy(norm.state_dict()) for norm in norms]
         before = self.loss_on(judged)
-        self.model.eval()
+        evaluating(self.model)
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
@@ -278,7 +281,7 @@ class Run:
     @torch.no_grad()
     def loss_on(self, batches: Sequence[Any], *, features: float = 0.0) -> float:
         """The sum of the losses of these batches, in evaluation mode."""
-        self.model.eval()
+        evaluating(self.model)
         return sum(float(self.loss(batch, features=features)) for batch in batches)
 
     @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..copies import training
 from ..errors import GMError
 from .recipe import BATCH_NORMS, LONGEST_WARMUP, trial_length
 from .running import Progress, Run, seed_all
@@ -78,7 +79,7 @@ def try_rates(run: Run, steps: int, *, progress: Progress | None) -> dict[str, A
 
         def loss_after(rate: float, number: int) -> float:
             seed_all(run.recipe.seed, 0, 2)
-            run.model.train()
+            training(run.model)
             for at, batch in enumerate(islice(cycle(trained), length)):
                 loss = run.step(batch, at=at, of=length, peak=rate, warmup=warmup)
                 if progress is not None:
@@ -175,7 +176,7 @@ def time_steps(run: Run, budget: float) -> float:
     start = time.perf_counter()
     marks = [start]
     with run.taken_back():
-        run.model.train()
+        training(run.model)
         for at, batch in enumerate(run.loader):
             peak = run.recipe.lr or run.rates[0]
             run.step(batch, at=at, of=run.steps, peak=peak / 25, warmup=0.0)
