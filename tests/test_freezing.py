@@ -294,6 +294,19 @@ def test_sentences_of_several_lengths():
         assert_close(frozen.model(x, src_key_padding_mask=padding), result.model(x, src_key_padding_mask=padding))
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("path", ["dense", "structured"])
+def test_sparse_and_nested_inputs_take_the_dense_product(path):
+    torch.manual_seed(0)
+    small = nn.Sequential(GMLinear(8, 8, "C8+displacement:1"), nn.ReLU(), GMLinear(8, 4, "lowrank:2")).eval()
+    frozen, x = gm.freeze(small, path), torch.randn(3, 8)
+    sparse, nested = torch.eye(8)[:3].to_sparse(), torch.nested.nested_tensor([x, x[:2]])
+    with torch.no_grad():
+        assert_close(frozen(nested).to_padded_tensor(0.0), small(nested).to_padded_tensor(0.0))
+        assert_close(frozen[0](sparse), small[0](sparse.to_dense()))
+        assert_close(frozen(x), small(x))
+
+
 def test_results_and_reports(monkeypatch):
     times(monkeypatch, 1.0, 0.1)
     torch.manual_seed(0)

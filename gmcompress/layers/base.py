@@ -248,7 +248,7 @@ class GMLayer(SharingModule):
     def takes_fast_product(self, given: Tensor) -> bool:
         """Whether a call with this input takes the fast product: as frozen, or as is faster for its shape."""
         if self.is_frozen:
-            return self.path == "structured"
+            return self.path == "structured" and is_plain(given)
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self._is_usual(given):
             return False
         moves = self._moves(given)
@@ -292,7 +292,7 @@ class GMLayer(SharingModule):
 
     def _dense(self) -> Tensor:
         """The computed weight, kept or made."""
-        kept = self._kept()
+        kept = self._kept() if self.path == "dense" else None  # else for inputs that the fast product does not take
         return self._computed() if kept is None else kept["weight"]
 
     @property
