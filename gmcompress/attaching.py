@@ -23,7 +23,7 @@ from .groups import Group
 from .kinds import view_of
 from .layers import GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
 from .plain import is_plain, made_anew
-from .readonly import check_assigned, read_only
+from .readonly import check_assigned, check_registered, read_only
 from .structure import Structure
 from .surgery import find_weight, holders, module_at, site_name
 
@@ -63,6 +63,8 @@ def _subclass(dense: Any, names: tuple[str, ...], attached: tuple[str, ...]) -> 
     def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
         if name in attached:
             check_assigned(param, _maker(self._modules[CHILD + name]))
+        else:
+            check_registered(name, param)
         dense.register_parameter(self, name, param)
 
     members: dict[str, Any] = {key: _computed(CHILD + key) for key in attached}

@@ -140,3 +140,16 @@ def check_assigned(value: object, maker: object) -> None:
     """
     if not (isinstance(value, ReadOnly) and value.maker is maker):
         raise GMError(f"the weight of a structured layer is computed and cannot be assigned; {REMEDY}")
+
+
+def check_registered(name: str, value: object) -> None:
+    """Refuse a computed tensor as a parameter of another name, which pruning makes of what it is to compute itself.
+
+    Raises:
+        GMError: it is computed, and no parameter.
+    """
+    if isinstance(value, ReadOnly):
+        raise GMError(
+            f"the weight of a structured layer is computed and cannot become the parameter {name!r}, as pruning "
+            f"needs it; prune the stored tensors by their names, or else {REMEDY}"
+        )

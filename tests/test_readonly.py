@@ -8,6 +8,7 @@ import torch
 import zoo
 from conftest import assert_close
 from torch import nn
+from torch.nn.utils import prune
 
 import gmcompress as gm
 
@@ -123,6 +124,9 @@ def test_tying_again_is_harmless_and_another_value_refused():
         for value in (other.weight, other.weight.data, None, small.head.weight.clone()):
             with pytest.raises(gm.GMError, match="computed and cannot be assigned"):
                 layer.weight = value
+    for layer in (small.head, small.body):
+        with pytest.raises(gm.GMError, match="cannot become the parameter 'weight_orig', as pruning needs it"):
+            prune.l1_unstructured(layer, "weight", 0.5)
     dense = gm.densify(small, ["embedding"])
     dense.head.weight = dense.embedding.weight = nn.Parameter(torch.zeros(16, 8))
     assert not dense(torch.arange(4)).any()

@@ -17,7 +17,7 @@ from ..factored import Window
 from ..linalg import usual_strides
 from ..nesting import is_plain
 from ..products import Layout, keep, layout_of, prepare, why_slow
-from ..readonly import check_assigned, read_only
+from ..readonly import check_assigned, check_registered, read_only
 from ..sharing import SharingModule
 from ..structure import Structure, expand
 from .labels import label_table
@@ -152,6 +152,8 @@ class GMLayer(SharingModule):
         """What assigning a parameter goes through."""
         if name == "weight":
             check_assigned(param, self)
+        else:
+            check_registered(name, param)
         super().register_parameter(name, param)
 
     def _expanded(self) -> Tensor:
