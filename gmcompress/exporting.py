@@ -20,7 +20,7 @@ from .attaching import densify, structured
 from .errors import GMError
 from .files import new_file, read_tensors, usable, write_tensors
 from .forward import Inputs, run, run_seeded, shell
-from .nesting import describe
+from .nesting import describe, is_one_argument
 from .reporting import Result
 from .storage import difference
 from .surgery import check_model
@@ -147,6 +147,7 @@ class _Example:
     """Example inputs on the CPU, and the batch sizes to check with: two others, or its own twice where it is fixed.
 
     Where the model runs `alone` on these inputs, whose values say how long or where something is, they are the check.
+    A mapping holds the arguments by name, or is a `whole` batch, the one argument of the model.
     """
 
     inputs: Tensor | tuple[Tensor, ...] | dict[str, Tensor]
@@ -154,6 +155,7 @@ class _Example:
     batches: tuple[int, ...]
     note: str = ""  # why the batch size is fixed
     alone: bool = False
+    whole: bool = False
 
     @property
     def dynamic(self) -> bool:
@@ -167,8 +169,14 @@ class _Example:
         if not self.dynamic:
             return None
         batch = torch.export.Dim("batch")
-        given = (self.inputs,) if isinstance(self.inputs, Tensor) else self.inputs
-        return tree_map(lambda each: {0: batch} if self.carries(each) else None, given)
+        given, named = self.arguments(self.inputs)
+        return tree_map(lambda each: {0: batch} if self.carries(each) else None, named or given)
+
+    def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """Inputs like these as arguments by position and by name."""
+        if isinstance(inputs, dict) and not self.whole:
+            return (), inputs
+        return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
     def draw(self, size: int, *, seed: int = 0) -> Any:
         """Random inputs of a batch size, of the mean and spread of the example, integers within its range."""
@@ -218,15 +226,16 @@ def _example(model: nn.Module, inputs: Inputs | None) -> _Example:
     given = tree_map(lambda each: each.detach().cpu(), given)
     run(model, given)
     sizes = list(dict.fromkeys(each.shape[0] for each in tensors if each.dim())) or [0]
-    reasons = []
+    reasons, is_whole = [], is_one_argument(model.forward, given)
     for size in sizes:
-        found = _Example(given, size, (1, max(size, 2) + 1))
+        found = _Example(given, size, (1, max(size, 2) + 1), whole=is_whole)
         if not (problem := found.problem(model)):
             return found
         reasons.append(problem)
     first = sizes[0]
     fixed = f"the batch size is fixed to {first}"
-    found = _Example(given, first, (first, first), f"{fixed}, because the model runs on no other: {reasons[0]}")
+    note = f"{fixed}, because the model runs on no other: {reasons[0]}"
+    found = _Example(given, first, (first, first), note, whole=is_whole)
     if not (problem := found.problem(model)):
         return found
     note = f"{fixed} and the check made on the inputs given, because the model runs on no random ones: {problem}"
@@ -264,7 +273,7 @@ def _write_torch(model: nn.Module, example: _Example, file: Path) -> Written:
         raise
     except Exception as problem:  # what has no serial form, such as custom operators
         raise GMError(f"torch.export cannot write this {type(model).__name__}: {_said(problem)}") from problem
-    return example, lambda given: _tensors(run_seeded(loaded, given)), notes
+    return example, lambda given: _tensors(run_seeded(loaded, [given] if example.whole else given)), notes
 
 
 def _write_onnx(model: nn.Module, example: _Example, file: Path) -> Written:
@@ -290,7 +299,8 @@ def _write_onnx(model: nn.Module, example: _Example, file: Path) -> Written:
     names = [each.name for each in session.get_inputs()]
 
     def again(given: Any) -> list[Tensor]:
-        leaves = given if isinstance(given, Mapping) else dict(zip(names, tree_leaves(given), strict=True))
+        named = example.arguments(given)[1]
+        leaves = named or dict(zip(names, tree_leaves(given), strict=True))
         return [torch.from_numpy(each) for each in session.run(None, {name: leaves[name].numpy() for name in names})]
 
     return example, again, notes
@@ -308,7 +318,7 @@ def _follow(model: nn.Module, example: _Example) -> tuple[torch.export.ExportedP
         except GMError as problem:
             size = example.batch
             note = f"the batch size is fixed to {size}: with any, {problem}"
-            example = _Example(example.inputs, size, (size, size), note)
+            example = replace(example, batches=(size, size), note=note)
     return _program(lean, example, example.inputs), example, notes
 
 
@@ -326,8 +336,7 @@ def _lean(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def _program(model: nn.Module, example: _Example, inputs: Any) -> torch.export.ExportedProgram:
-    args = () if isinstance(inputs, dict) else (inputs,) if isinstance(inputs, Tensor) else inputs
-    kwargs = inputs if isinstance(inputs, dict) else {}
+    args, kwargs = example.arguments(inputs)
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=example.axes())
     except Exception as problem:  # control flow on values, sizes that the code fixes

@@ -8,6 +8,7 @@ from conftest import assert_close, must_fail
 from torch import nn
 
 import gmcompress as gm
+from gmcompress.exporting import FORMATS
 from gmcompress.forward import run_seeded, shell
 
 
@@ -154,3 +155,16 @@ def test_a_model_on_which_nothing_can_be_set(tmp_path):
     with pytest.raises(gm.GMError, match=r"accelerate cannot prepare this Sealed: .* cannot be set"):
         gm.tune(result, [x], epochs=1, lr=1e-3)
     assert all(torch.equal(each, before[key]) for key, each in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "suffix"), FORMATS.items())
+def test_a_batch_by_name_that_is_the_one_argument_is_exported(name, suffix, tmp_path):
+    class Whole(Base):
+        def forward(self, batch):
+            return super().forward(batch["x"] + batch["shift"])
+
+    batch = {"x": torch.randn(2, 3, 8), "shift": torch.randn(8)}
+    result = gm.compress(Whole().eval(), "C4", rank=1, inputs=batch)
+    found = gm.export(result, tmp_path / f"small{suffix}", format=name)
+    assert found.dynamic
+    assert found.difference < 1e-5
