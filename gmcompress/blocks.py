@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
-from .copies import evaluating, parameters_of
+from .copies import evaluating, parameters_of, set_mode
 from .forward import Inputs, ungraded
 from .nesting import describe, floating, own_copy
 from .notes import Notes
@@ -130,7 +130,7 @@ def refit_blocks(
             done = [replace(each, after=each.before, rate=0.0) for each in done]
     finally:
         for module, mode in training.items():
-            vars(module)["training"] = mode
+            set_mode(module, training=mode)
     return done
 
 

@@ -39,8 +39,7 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     _complete(model, found, leaves)
     was_training = {name: module.training for name, module in model.named_modules()}
     for name, module in found.named_modules():
-        # graph modules are all in training once copied; a __setattr__ of its own may refuse
-        vars(module)["training"] = was_training.get(name, module.training)
+        set_mode(module, training=was_training.get(name, module.training))  # graph modules are in training once copied
         inside = (each for key, each in vars(module).items() if isinstance(each, dict) and key != "_modules")
         for held in (vars(module), *inside):  # but for its children: what was put in may hold what it stands for
             held.update({key: _followed(each, leaves) for key, each in held.items() if callable(each)})
@@ -240,8 +239,16 @@ def _in_mode(model: nn.Module, *, training: bool) -> nn.Module:
         model.train() if training else model.eval()
     except Exception:
         for module in model.modules():
-            vars(module)["training"] = training  # past a __setattr__ of its own, which may refuse
+            set_mode(module, training=training)
     return model
+
+
+def set_mode(module: nn.Module, *, training: bool) -> None:
+    """Put one module, and none inside it, into training or evaluation mode."""
+    try:
+        module.training = training  # of a scripted module, this reaches its own code
+    except Exception:  # of any kind: its class lets nothing be set
+        vars(module)["training"] = training
 
 
 def settled(model: nn.Module) -> nn.Module:

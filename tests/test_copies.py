@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gmcompress as gm
-from gmcompress.copies import duplicate, evaluating, state_of
+from gmcompress.copies import duplicate, evaluating, set_mode, state_of
 from gmcompress.forward import run
 
 
@@ -129,3 +129,24 @@ def test_slots_are_copied_under_whatever_name():
     assert torch.equal(copied(x), model(x))
     assert Private.scale.__get__(copied) == 2.0
     assert not Counted.reads
+
+
+class Sealed(nn.Dropout):
+    """A module on which nothing can be set once it is made."""
+
+    def __setattr__(self, name, value):
+        if "p" in vars(self) and name == "training":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("build", [nn.Dropout, Sealed, lambda: torch.jit.script(nn.Dropout())])
+def test_the_mode_reaches_what_runs(build):
+    module, ones = build(), torch.ones(64)
+    set_mode(module, training=False)
+    assert torch.equal(module(ones), ones)
+    assert torch.equal(duplicate(module, {})(ones), ones)
+    set_mode(module, training=True)
+    assert not torch.equal(module(ones), ones)
+    assert not torch.equal(duplicate(module, {})(ones), ones)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attaching import structured
 from ..calibration import ends_in_classes
-from ..copies import duplicate, evaluating, parameters_of, training
+from ..copies import duplicate, evaluating, parameters_of, set_mode, training
 from ..errors import GMError, said
 from ..forward import Inputs, call
 from ..nesting import describe
@@ -188,7 +188,7 @@ class Run:
         left = any(each.requires_grad and each.grad is None for each in parameters_of(self.model).values())
         self.model.zero_grad()
         for module, mode in modes.items():
-            vars(module)["training"] = mode
+            set_mode(module, training=mode)
         if drawing is not None:
             drawing.set_state(drawn)
         return self.mean(float(left)) > 0
