@@ -101,10 +101,10 @@ def load_images(data: Path, model: nn.Module) -> tuple[Tensor, Tensor]:  # (n, 3
 
 
 @torch.no_grad()
-def predicted(model: nn.Module, images: Tensor) -> Tensor:  # (n, 3, height, width) -> (n)
-    """The class of every image, in evaluation mode."""
+def answers(model: nn.Module, images: Tensor) -> Tensor:  # (n, 3, height, width) -> (n, classes)
+    """The logarithms of the probabilities of the classes, for every image, in evaluation mode."""
     model.eval()
-    return torch.cat([model(each).argmax(1) for each in images.split(BATCH)])
+    return torch.cat([model(each).log_softmax(1) for each in images.split(BATCH)])
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -141,11 +141,16 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], notes: Path) 
     folder = notes / f"{ARCH}_{len(unlabelled)}_{options.split_seed}_{options.calibration_seed}"
     case = Case(dense, unlabelled.split(BATCH), folder, options.calibration_seed)
     recipe = recipe_of(options, task=0.0)
-    wanted = predicted(dense, judged)
+    wanted = answers(dense, judged)
 
     def judge(model: nn.Module) -> Mapping[str, float]:
-        found = predicted(model, judged)
-        return {"agreement": share(found == wanted), "top1": share(found == truth)}
+        found = answers(model, judged)
+        classes, divergence = found.argmax(1), F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        return {
+            "agreement": share(classes == wanted.argmax(1)),
+            "top1": share(classes == truth),
+            "divergence": round(float(divergence), 4),  # in nats
+        }
 
     facts = {
         "arch": ARCH,
