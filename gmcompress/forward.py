@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from .copies import WRITTEN, asking_for_gradients, duplicate, evaluating, parameters_of
 from .errors import GMError, said
 from .nesting import arguments_of, describe, drawn, own_copy, why_one_argument
+from .sharing import SharingModule
 from .streams import seeded
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -21,8 +22,8 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 def shell(model: nn.Module, *, private: bool = False) -> nn.Module:
     """A copy in evaluation mode on the same memory, so that running it leaves the caller's modules alone.
 
-    Parameters that a run is known to write into are copied, of a `private` one all are. None takes a gradient, with
-    which torch's FlopCounterMode would fail.
+    Parameters that a run is known to write into are copied, of a `private` one all but those that a structured layer
+    stores, which no code of a model's own reads. None takes a gradient, with which torch's FlopCounterMode would fail.
 
     Raises:
         GMError: the model cannot be copied.
@@ -30,7 +31,10 @@ def shell(model: nn.Module, *, private: bool = False) -> nn.Module:
     held = parameters_of(model).values()
     tables = (each for each in model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag))
     own = {id(each) for table in tables if table.max_norm is not None for each in parameters_of(table).values()}
-    own |= {id(each) for each in held if private or WRITTEN in vars(each)}
+    own |= {id(each) for each in held if WRITTEN in vars(each)}
+    if private:
+        layers = (each for each in model.modules() if isinstance(each, SharingModule))
+        own |= {id(each) for each in held} - {id(part) for layer in layers for part in layer.parameters(recurse=False)}
     memo = {id(each): nn.Parameter(each.detach().clone() if id(each) in own else each.detach(), False) for each in held}
     return evaluating(duplicate(model, memo))
 
