@@ -74,9 +74,7 @@ def measure(model: nn.Module, inputs: Inputs | None = None, *, repeats: int = 15
     >>> measure(nn.Linear(8, 4), torch.zeros(2, 8)).macs
     64
     """
-    check_model(model)
-    ready = model if inputs is None else shell(model, private=True)  # a run may write into its parameters
-    return measure_together([ready], inputs, repeats=repeats)[0]
+    return measure_together([model], inputs, repeats=repeats)[0]
 
 
 def measure_together(
@@ -85,7 +83,7 @@ def measure_together(
     """The metrics of several models on the same inputs, their timed runs interleaved so that latencies compare."""
     for model in models:
         check_model(model)
-    shells = [shell(model) for model in models]
+    shells = [shell(model, private=inputs is not None) for model in models]  # a run may write into its parameters
     if inputs is None:
         return tuple(_metrics(each, None, (None, None), (None, None)) for each in shells)
     with seeded(shells[0]):

@@ -38,6 +38,7 @@ class Halves(Base):
     [
         lambda model, x, _: gm.trace(model, x),
         lambda model, x, _: gm.measure(model, x, repeats=2),
+        lambda model, x, _: gm.freeze(gm.compress(model, "C4", rank=1), "dense", inputs=x),
         lambda model, x, folder: gm.export(model, folder / "small.pt2", x, format="torch-export"),
         lambda model, x, folder: gm.export(model, folder / "small.safetensors", x, format="dense"),
         lambda model, x, folder: gm.save(model, folder / "small", inputs=x),
@@ -45,7 +46,7 @@ class Halves(Base):
         lambda model, x, _: gm.compress(model, "C4", rank=1, inputs=x, inplace=True),
         lambda model, x, _: gm.compress(model, "C4", budget="85%", data=[x], effort=0.1, inplace=True),
     ],
-    ids=["trace", "measure", "program", "state", "save", "equivariance", "in place", "in place, with data"],
+    ids=["trace", "measure", "freeze", "program", "state", "save", "equivariance", "in place", "in place, with data"],
 )
 def test_what_a_run_writes_into_its_weights_stays_in_the_copy_that_runs(use, tmp_path):
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ def distillation_loss(
         loss = found.new_zeros(()) if wanted is None else recipe.distillation * relative_square(found, wanted)
         return loss if labels is None else loss + weight * _distance(found, labels)
     soft = labels is not None and labels.is_floating_point()
-    axis = _class_axis(found, None if soft else labels)
+    axis = _class_axis(found, labels)
     if labels is not None:
         labels = _rows(labels, axis) if soft else labels.flatten().long()
     found = _rows(found, axis)
@@ -97,7 +97,7 @@ def temperature_of(
     >>> temperature_of(torch.tensor([[20.0, 0.0, 0.0, 0.0]]))
     5.53
     """
-    logits = _rows(wanted, _class_axis(wanted, None if labels is None or labels.is_floating_point() else labels))
+    logits = _rows(wanted, _class_axis(wanted, labels))
     logits = logits[:: -(-len(logits) // ROWS)] if len(logits) else logits.new_zeros(1, 2)
     low, high = TEMPERATURES
     for _ in range(HALVINGS):
@@ -146,8 +146,11 @@ def _distance(found: Tensor, labels: Tensor) -> Tensor:  # ()
 
 
 def _class_axis(found: Tensor, labels: Tensor | None) -> int:
-    """Where the classes are: last in (batch, tokens, classes), second in (batch, classes, *places)."""
-    if labels is None:
+    """Where the classes are: last in (batch, tokens, classes), second in (batch, classes, *places).
+
+    Labels that name a class each lack that axis; those of floating point have it too, and say nothing.
+    """
+    if labels is None or labels.is_floating_point():
         return 1 if found.dim() == 4 else -1
     if labels.shape == found.shape[:-1]:
         return -1
