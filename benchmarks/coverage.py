@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import re
 import resource
 import signal
 import statistics
@@ -16,11 +15,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress_time import peak_gigabytes
+from coverage_stages import Subject, attempt
 from rich.console import Console
 from rows import append_row, machine, prepare_device, read_rows, shown_command
 
@@ -29,13 +29,8 @@ from gmcompress.tables import make_table
 STAGES = ("build", "compress", "forward", "backward", "save", "load", "densify", "export", "onnx", "dense onnx")
 LEADS_ON = ("build", "compress", "forward", "save", "load")  # later stages need what these leave behind
 LOW = 0.9  # share reached below which a family is listed with its reason
-TOLERANCE = 1e-4  # relative to the largest output; loaded and densified models compute the same in another order
 NOTES = "notes"  # the file that a process writes
 UNSUITED = "no model small enough"
-
-
-class DifferenceError(Exception):
-    """Outputs that should be equal and are not."""
 
 
 def families() -> dict[str, list[str]]:
@@ -66,146 +61,7 @@ def smallest(names: Sequence[str], limit: int) -> tuple[str, int] | None:
     return (name, parameters) if parameters <= limit else None
 
 
-def tensors(outputs: Any) -> list[Any]:
-    """The floating-point tensors in the outputs of a model, however nested."""
-    from torch import Tensor
-    from torch.utils._pytree import tree_leaves
-
-    return [each for each in tree_leaves(outputs) if isinstance(each, Tensor) and each.is_floating_point()]
-
-
-def assert_equal(found: Any, expected: Any) -> None:
-    """Equal outputs, up to rounding.
-
-    Raises:
-        DifferenceError: they are not.
-    """
-    pairs = list(zip(tensors(found), tensors(expected), strict=True))
-    if not pairs:
-        raise DifferenceError("there are no tensors to compare")
-    worst = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs)
-    if not worst <= TOLERANCE:
-        raise DifferenceError(f"outputs differ by {worst:.1e} of the largest")
-
-
-def weightiest(reasons: Sequence[tuple[str, int]], total: int) -> dict[str, Any]:
-    """Of reasons that differ in numbers alone the kind that leaves most parameters dense, told by its heaviest layer.
-
-    >>> weightiest([("3 rows", 10), ("5 rows", 20), ("the stem", 25)], 100)
-    {'reason': '5 rows', 'layers': 2, 'share': 0.3}
-    """
-    kinds: dict[str, list[tuple[int, str]]] = {}
-    for reason, weight in reasons:
-        kinds.setdefault(re.sub(r"\d[\d,]*", "#", reason), []).append((weight, reason))
-    most = max(kinds.values(), key=lambda each: sum(weight for weight, _ in each))
-    return {"reason": max(most)[1], "layers": len(most), "share": sum(weight for weight, _ in most) / total}
-
-
-class Subject:
-    """One model on its way through the stages; each stage leaves behind what later ones need."""
-
-    def __init__(self, name: str, group: str, folder: Path) -> None:
-        self.name, self.group, self.folder = name, group, folder
-        self.facts: dict[str, Any] = {}
-
-    def build(self) -> None:
-        """The dense model, with random weights, and two random images."""
-        import timm
-        import torch
-
-        torch.manual_seed(0)
-        self.model = timm.create_model(self.name).eval()
-        self.inputs = torch.randn(2, *self.model.pretrained_cfg["input_size"])
-        self.facts["parameters"] = sum(each.numel() for each in self.model.parameters())
-
-    def compress(self) -> None:
-        """Compress it with its classifier, and note what share of its parameters that reached, with and without it.
-
-        And why most of the rest was left.
-        """
-        import gmcompress as gm
-
-        default = gm.plan(self.model, self.group, rank=1)
-        classifiers = [site.name for site in default.sites if site.role == "classifier"]
-        self.result = gm.compress(self.model, self.group, rank=1, include=classifiers)
-        plan, total = self.result.plan, self.facts["parameters"]
-        weights = {row["name"]: row["dense"] for row in plan.rows()}
-        self.facts["reached"] = sum(weights[name] for name in plan.layers) / total
-        self.facts["reached_by_default"] = sum(weights[name] for name in default.layers) / total
-        self.facts["kept"] = plan.parameters / total
-        reasons = [(reason, weights[name]) for name, reason in plan.skipped.items()]
-        vectors = ("parameters that are no weight of a layer", total - sum(weights.values()))
-        self.facts["weighs_most"] = weightiest([*reasons, vectors], total)
-
-    def forward(self) -> None:
-        """Run it."""
-        from gmcompress.forward import run
-
-        self.outputs = run(self.result.model.eval(), self.inputs)
-        self.facts["largest_output"] = max(
-            float(each.abs().max()) for each in tensors(self.outputs)
-        )  # 0 proves nothing
-
-    def backward(self) -> None:
-        """Train one step; some structured layer has to receive a gradient."""
-        from gmcompress.layers import GMLayer
-
-        model = self.result.model.train()
-        sum(each.float().square().sum() for each in tensors(model(self.inputs))).backward()
-        layers = [each for each in model.modules() if isinstance(each, GMLayer)]
-        if not any(part.grad is not None for each in layers for part in each.parts().values()):
-            raise DifferenceError("no structured layer received a gradient")
-        model.zero_grad()
-        model.eval()
-
-    def save(self) -> None:
-        """Write it."""
-        import gmcompress as gm
-        from gmcompress.forward import run
-
-        self.outputs = run(self.result.model, self.inputs)  # the training step moved running means
-        gm.save(self.result, self.folder / "small")
-
-    def load(self) -> None:
-        """Read it, onto another random model; equal outputs."""
-        import timm
-
-        import gmcompress as gm
-        from gmcompress.forward import run
-
-        self.loaded = gm.load(self.folder / "small", timm.create_model(self.name))
-        assert_equal(run(self.loaded, self.inputs), self.outputs)
-
-    def densify(self) -> None:
-        """Back to plain layers; equal outputs."""
-        import gmcompress as gm
-        from gmcompress.forward import run
-
-        assert_equal(run(gm.densify(self.loaded), self.inputs), self.outputs)
-
-    def export(self) -> None:
-        """torch.export, and run what it gave; equal outputs."""
-        import torch
-
-        program = torch.export.export(self.loaded, (self.inputs,))
-        with torch.no_grad():
-            assert_equal(program.module()(self.inputs), self.outputs)
-
-    def dense_onnx(self) -> None:
-        """Whether the dense model can be written as ONNX at all; asked only where the compressed one cannot."""
-        self.facts["dense_onnx_difference"] = self._onnx(self.model)
-
-    def onnx(self) -> None:
-        """The compressed model as ONNX, run by onnxruntime on other inputs and batch sizes; equal outputs."""
-        self.facts["onnx_difference"] = self._onnx(self.loaded)
-
-    def _onnx(self, model: Any) -> float:
-        import gmcompress as gm
-
-        return gm.export(model, self.folder / "model.onnx", self.inputs, tolerance=TOLERANCE).difference
-
-
-def work(name: str, group: str, folder: Path, *, seconds: float, gigabytes: float) -> None:
+def work(name: str, group: str, folder: Path, *, largest_image: int, seconds: float, gigabytes: float) -> None:
     """Take one model with random weights through the stages, in this process, up to the first that fails.
 
     Writes down every stage when it begins, and after it all that is known by then: a process may die in the next one.
@@ -217,7 +73,8 @@ def work(name: str, group: str, folder: Path, *, seconds: float, gigabytes: floa
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     if gigabytes:
         resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 1e9), int(gigabytes * 1e9)))
-    subject, stages, seconds_of = Subject(name, group, folder), dict[str, str](), dict[str, float]()
+    stages, seconds_of = dict[str, str](), dict[str, float]()
+    subject = Subject(name, group, folder, largest_image=largest_image)
     same = {"seed": 0, **machine(torch.device("cpu"), amp="no", threads=1), "timm": timm.__version__}
     with (folder / NOTES).open("w") as notes:
         for stage in STAGES:
@@ -232,24 +89,6 @@ def work(name: str, group: str, folder: Path, *, seconds: float, gigabytes: floa
             print(json.dumps(known), file=notes, flush=True)
             if stages[stage] != "ok" and stage in LEADS_ON:
                 break
-
-
-def attempt(stage: Callable[[], None]) -> str:
-    """ "ok", or the error in one line."""
-    try:
-        stage()
-    except Exception as problem:  # whatever it is, it is a result
-        return one_line(problem)
-    return "ok"
-
-
-def one_line(problem: Exception) -> str:
-    """An error in a line.
-
-    >>> one_line(ValueError("two\\nlines"))
-    'ValueError: two lines'
-    """
-    return " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
 
 
 def warm_up() -> None:
@@ -268,6 +107,7 @@ def warm_up() -> None:
 def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The findings on one model, from a forked process that may fail, die, or take too long."""
     limits = {"seconds": options.max_seconds, "gigabytes": options.max_gigabytes}
+    limits["largest_image"] = options.largest_image
     with tempfile.TemporaryDirectory() as folder:
         wanted = (name, options.group, Path(folder))
         process = multiprocessing.get_context("fork").Process(target=work, args=wanted, kwargs=limits)
@@ -418,6 +258,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-parameters", type=int, default=450_000_000)
     parser.add_argument("--max-seconds", type=float, default=300.0, help="of the processor, for one model")
     parser.add_argument("--max-gigabytes", type=float, default=0.0, help="of address space for one model; 0: no limit")
+    sizes = "pixels along a side; models that take smaller images than their own get such, 0: their own"
+    parser.add_argument("--largest-image", type=int, default=0, help=sizes)
     parser.add_argument("--shard", default="1/1", help="k/n: every n-th family, from the k-th on")
     parser.add_argument("--output", type=Path, help="rows are appended to this file")
     parser.add_argument("--resume", action="store_true", help="leave out the families that --output has")
