@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from .budgets import Budget
 from .candidates import candidates, offered
+from .copies import device_of
 from .errors import GMError
 from .factors import Metric
 from .groups import Group
+from .moments import Moments
 from .notes import Notes
 from .plain import is_plain
 from .planning import Eligible, Plan
@@ -26,6 +28,7 @@ from .selection import Candidate, Selection, check_reachable, select
 from .structure import Structure
 from .subjects import Subject, priced, rank_within
 from .surgery import Site, find_weight, read_weight
+from .workers import side_by_side
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,28 +58,60 @@ def tabulate(
     by_name = {site.name: site for site in sites}
     found, probes = _kept(notes, kind, list(by_name))
     names = [name for name in by_name if name not in found]
-    chunks = [names] if calibration is None else _chunks(dense, names, calibration)
-    for chunk in chunks:
+
+    def work(one: _Weight) -> tuple[list[Candidate], Probe | None]:
+        rows = (positions or {}).get(one.site.name)
+        return _examined(one, calibration, _fitting(one.layer, group), positions=rows, effort=effort)
+
+    for chunk in [names] if calibration is None else _chunks(dense, names, calibration):
         known = calibration is not None and is_plain(dense, chunk[0])
         moments = calibration.moments(dense, dense, chunk) if calibration is not None and known else {}
+        shapes = [by_name[name].shape for name in chunk]
+        weights = (_Weight.of(dense, by_name[name], moments.pop(name, None)) for name in chunk)
+        examined = side_by_side(work, weights, shapes, device=device_of(dense))
         for name in chunk:
             if progress is not None:
                 progress(name, len(found), len(sites))
-            layer, seen, weight = find_weight(dense, name)[0], moments.pop(name, None), read_weight(dense, name)
-            assert weight is not None, "only matrices are planned"
-            metric = Metric() if calibration is None else calibration.metric(name, layer, seen)
-            subject = subject_of(by_name[name], weight, metric, positions=(positions or {}).get(name))
-            found[name] = candidates(subject, _fitting(dense, name, group), effort=effort)
+            found[name], probe = next(examined)
             facts: dict[str, Any] = {"rows": [asdict(each) for each in found[name]]}
             tensors: dict[str, Tensor] = {}
-            if calibration is not None:
-                probes[name] = Probe.of(subject, seen.mean if seen and calibration.absorbs(name, layer) else None)
-                facts["probe"], tensors = probes[name].notes()
+            if probe is not None:
+                probes[name] = probe
+                facts["probe"], tensors = probe.notes()
             notes.write(kind, name, facts, tensors)
     if calibration is None:
         return {name: found[name] for name in by_name}
-    weights = _sensitivities(dense, calibration, {name: probes[name] for name in by_name}, notes, kind)
-    return {name: [weights[name].weigh(each) for each in found[name]] for name in by_name}
+    measured = _sensitivities(dense, calibration, {name: probes[name] for name in by_name}, notes, kind)
+    return {name: [measured[name].weigh(each) for each in found[name]] for name in by_name}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A layer to be examined, and the moments of its inputs, where it has been seen."""
+
+    site: Site
+    layer: nn.Module
+    weight: Tensor
+    moments: Moments | None
+
+    @classmethod
+    def of(cls, dense: nn.Module, site: Site, moments: Moments | None) -> _Weight:
+        weight = read_weight(dense, site.name)
+        assert weight is not None, "only matrices are planned"
+        return cls(site, find_weight(dense, site.name)[0], weight, moments)
+
+
+def _examined(
+    one: _Weight, calibration: Calibration | None, group: Group | None, *, positions: int | None, effort: float
+) -> tuple[list[Candidate], Probe | None]:
+    """The candidates of a layer, and with data the low ranks that stand for them where their effect is measured."""
+    name, seen = one.site.name, one.moments
+    metric = Metric() if calibration is None else calibration.metric(name, one.layer, seen)
+    subject = subject_of(one.site, one.weight, metric, positions=positions)
+    found = candidates(subject, group, effort=effort)
+    if calibration is None:
+        return found, None
+    return found, Probe.of(subject, seen.mean if seen and calibration.absorbs(name, one.layer) else None)
 
 
 def _kept(notes: Notes, kind: str, names: Iterable[str]) -> tuple[dict[str, list[Candidate]], dict[str, Probe]]:
@@ -104,9 +139,9 @@ def _sensitivities(
     return found
 
 
-def _fitting(dense: nn.Module, name: str, group: Group | None) -> Group | None:
+def _fitting(layer: nn.Module, group: Group | None) -> Group | None:
     """The group whose matrices a layer may become; none for a table, in which the order of the rows means nothing."""
-    return None if isinstance(find_weight(dense, name)[0], nn.Embedding | nn.EmbeddingBag) else group
+    return None if isinstance(layer, nn.Embedding | nn.EmbeddingBag) else group
 
 
 def _chunks(dense: nn.Module, names: Sequence[str], calibration: Calibration) -> list[list[str]]:
@@ -192,7 +227,7 @@ def check_budgets(table: Table, dense: nn.Module, group: Group | None, budgets: 
     def check(*, grids: bool) -> None:
         known: dict[str, list[Candidate]] = {}
         for site in table.eligible.free:
-            own = _fitting(dense, site.name, group)
+            own = _fitting(find_weight(dense, site.name)[0], group)
             found = offered(site.shape, own, conv_groups=site.conv_groups, grids=grids, taps=site.taps)
             known[site.name] = table.priced(site.name, found)
         check_reachable(replace(table, candidates=known).whole(), limits, **facts)

@@ -36,6 +36,7 @@ from .reconstruction import Calibration, Reconstruction, best_fit, calibrate, pl
 from .rehearsal import rehearsed_sites
 from .structure import Structure, check_weight
 from .surgery import find_weight, read_weight
+from .workers import side_by_side
 
 Progress = Callable[[str, int, int], None]  # layer, done, of
 EFFORT = 1e10  # multiply-adds of the fit of one layer without data, where it is not slower than usual
@@ -152,16 +153,18 @@ class Job:
         if calibration is not None:
             return reconstruct(dense, private(dense), structures, calibration, notes=notes, progress=self.progress)
         fits: dict[str, Fit] = {}
-        for name, structure in structures.items():
+        effort = None if plan.optimum is None else EFFORT * self.effort
+
+        def work(each: tuple[str, Tensor]) -> Fit:
+            return _nearest(*each, structures[each[0]], effort=effort)
+
+        weights = ((name, _named_matrix(self.model, name)) for name in structures)
+        shapes = [plan.site(name).shape for name in structures]
+        found = side_by_side(work, weights, shapes, device=device_of(self.model))
+        for name in structures:
             if self.progress is not None:
                 self.progress(name, len(fits), len(structures))
-            with _naming(name):
-                weight = _matrix(self.model, name)
-                if plan.optimum is None:
-                    fits[name] = project(weight, structure)
-                else:
-                    effort = EFFORT * self.effort * slowness(structure.parameters(weight.shape) / weight.numel())
-                    fits[name] = best_fit(weight, check_weight(weight), structure, Metric(), effort=effort)
+            fits[name] = next(found)
         return Reconstruction(fits, {}, {})
 
     def refit(self, plan: Plan, dense: nn.Module, small: nn.Module, notes: Notes) -> list[Refit]:
@@ -192,6 +195,24 @@ def _matrix(model: nn.Module, name: str) -> Tensor:
     if weight is None:
         raise GMError(f"{type(find_weight(model, name)[0]).__name__} holds no weight matrix")
     return weight
+
+
+def _named_matrix(model: nn.Module, name: str) -> Tensor:
+    with _naming(name):
+        return _matrix(model, name)
+
+
+def _nearest(name: str, weight: Tensor, structure: Structure, *, effort: float | None) -> Fit:
+    """The fit of a weight without data, under a budget with so many multiply-adds where a fit is not slower than usual.
+
+    Raises:
+        GMError: the weight cannot have the structure; with the name of the layer.
+    """
+    with _naming(name):
+        if effort is None:
+            return project(weight, structure)
+        allowed = effort * slowness(structure.parameters(weight.shape) / weight.numel())
+        return best_fit(weight, check_weight(weight), structure, Metric(), effort=allowed)
 
 
 @contextmanager

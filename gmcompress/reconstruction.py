@@ -13,6 +13,7 @@ from .adapted import slowness
 from .batches import count_examples, first_examples, split_batch
 from .calibration import norms_after, output_gradients
 from .candidates import plain_svd
+from .copies import device_of
 from .factors import Metric
 from .files import json_digest
 from .forward import Inputs
@@ -24,6 +25,7 @@ from .projection import Fit, exactness, project, relative_error, svd_error
 from .structure import Structure, expand
 from .subjects import Subject
 from .surgery import find_weight, read_weight, write_weight
+from .workers import side_by_side
 
 PASSES = 5e12  # multiply-adds spent on running each of the two models for the moments of their layers
 FEWEST = 3  # passes in any case
@@ -196,26 +198,51 @@ def reconstruct(
     names = sorted(structures, key=lambda name: plain[name])
     while names and (kept := notes.read(kind, names[0])):
         found.take_in(names.pop(0), small, *_remembered(*kept))
-    others = [[name] for name in names if not plain[name]]
-    for chunk in others + calibration.chunks(dense, [name for name in names if plain[name]]):
+    others = [name for name in names if not plain[name]]
+    for chunk in ([others] if others else []) + calibration.chunks(dense, [name for name in names if plain[name]]):
         moments = calibration.moments(dense, small, chunk, crossed=chunk[:1]) if plain[chunk[0]] else {}
-        for name in chunk:
+
+        def work(one: _Weight) -> tuple[Fit, Tensor]:
+            return _fitted(one, structures[one.name], calibration, effort=effort)
+
+        weights = [_Weight.of(dense, name, moments.get(name), first=name == chunk[0]) for name in chunk]
+        fitted = side_by_side(work, weights, [each.weight.shape for each in weights], device=device_of(dense))
+        for one in weights:
             if progress is not None:
-                progress(name, len(found.fits), len(structures))
-            layer, seen, weight = find_weight(dense, name)[0], moments.pop(name, None), read_weight(dense, name)
-            assert weight is not None, "a plan is checked to fit its model"
-            metric = calibration.metric(name, layer, seen)
-            target = weight.double()
-            if seen is not None and name == chunk[0]:
-                target = (seen.centred() if calibration.absorbs(name, layer) else seen).target(target)
-            share = structures[name].parameters(weight.shape) / weight.numel()
-            allowed = effort * slowness(share, power=PATIENCE)
-            fit = best_fit(weight, target, structures[name], metric, effort=allowed)
-            fitted = expand(fit.tensors, fit.structure, weight.shape)
-            bias, mean = calibration.absorbed(name, layer, small, fitted, seen)
-            found.take_in(name, small, fit, bias, mean)
-            _remember(notes, kind, name, fit, bias, mean)
+                progress(one.name, len(found.fits), len(structures))
+            fit, weight = next(fitted)
+            bias, mean = calibration.absorbed(one.name, one.layer, small, weight, one.moments)
+            found.take_in(one.name, small, fit, bias, mean)
+            _remember(notes, kind, one.name, fit, bias, mean)
     return found
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A layer to be fitted, and the moments of its inputs, where it has them; the first one of a pass has both."""
+
+    name: str
+    layer: nn.Module
+    weight: Tensor
+    moments: Moments | None
+    first: bool
+
+    @classmethod
+    def of(cls, dense: nn.Module, name: str, moments: Moments | None, *, first: bool) -> _Weight:
+        weight = read_weight(dense, name)
+        assert weight is not None, "a plan is checked to fit its model"
+        return cls(name, find_weight(dense, name)[0], weight, moments, first)
+
+
+def _fitted(one: _Weight, structure: Structure, calibration: Calibration, *, effort: float) -> tuple[Fit, Tensor]:
+    """The fit of a layer, and the weight that it stands for."""
+    seen, target = one.moments, one.weight.double()
+    metric = calibration.metric(one.name, one.layer, seen)
+    if seen is not None and one.first:
+        target = (seen.centred() if calibration.absorbs(one.name, one.layer) else seen).target(target)
+    share = structure.parameters(one.weight.shape) / one.weight.numel()
+    fit = best_fit(one.weight, target, structure, metric, effort=effort * slowness(share, power=PATIENCE))
+    return fit, expand(fit.tensors, fit.structure, one.weight.shape)
 
 
 def plan_digest(structures: Mapping[str, Structure], effort: float) -> str:
@@ -243,13 +270,14 @@ def best_fit(weight: Tensor, wanted: Tensor, structure: Structure, metric: Metri
 
     Plain SVD is what anyone can have; a plan that gave a layer something farther off would be a bad one.
     """
-    fit = project(wanted, structure, metric=metric, effort=effort, iterations=ITERATIONS)
+    how: dict[str, Any] = {"metric": metric, "effort": effort, "iterations": ITERATIONS}
+    fit = project(wanted, structure, **how)
     if structure.group is None and structure.grid is not None:
         limit, exact = structure.parameters(weight.shape), exactness(weight)
         subject = Subject(wanted.to(exact), metric.to(exact))
         if metric != Metric() or svd_error(wanted, limit) ** 2 < fit.loss:
             control, loss = plain_svd(subject, limit)
-            fit = project(wanted, control, metric=metric) if loss < fit.loss else fit
+            fit = project(wanted, control, **how) if loss < fit.loss else fit
     found = expand(fit.tensors, fit.structure, weight.shape)
     stored = {part: each.to(weight.dtype) for part, each in fit.tensors.items()}
     return replace(fit, tensors=stored, relative_error=relative_error(found, weight.double()))

@@ -11,7 +11,7 @@ PACKAGE = Path(gmcompress.__file__).parent
 
 FLOORS = (
     ("errors",),
-    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing", "readonly"),
+    ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing", "readonly", "workers"),
     ("fourier", "fewrows", "signals", "nesting", "streams"),
     ("forward",),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
