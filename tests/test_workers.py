@@ -1,12 +1,16 @@
-"""Work side by side: the order, the threads, and what happens when one of them fails."""
+"""Work side by side: the order, the threads, what happens when one fails, and that results do not depend on it."""
 
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
-from gmcompress import workers
+import gmcompress as gm
+from gmcompress import jobs, reconstruction, workers
 from gmcompress.errors import GMError
+from gmcompress.projection import project
 from gmcompress.workers import side_by_side
 
 CPU = torch.device("cpu")
@@ -93,3 +97,40 @@ def test_items_are_asked_for_only_a_little_ahead():
 def test_on_other_devices_all_is_done_by_the_caller():
     found = side_by_side(lambda _: threading.get_ident(), range(3), SMALL[:3], device=torch.device("meta"))
     assert set(found) == {threading.get_ident()}
+
+
+class Perceptron(nn.Sequential):
+    """Three layers with a batch norm, and as many threads as there are layers find something to do."""
+
+    def __init__(self):
+        widths = (16, 48, 32, 24)
+        super().__init__(
+            *(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()))
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": "60%", "data": True}, {"budget": "60%"}, {"rank": 1}],
+    ids=["calibrated", "without data", "literal"],
+)
+def test_what_compress_makes_of_a_model_does_not_depend_on_who_works_beside(options, monkeypatch):
+    torch.manual_seed(0)
+    model, data = Perceptron().eval(), [torch.randn(64, 16) for _ in range(2)]
+    options = options | ({"data": data} if "data" in options else {})
+    used = set()
+
+    def noted(*arguments, **named):
+        used.add(threading.get_ident())
+        return project(*arguments, **named)
+
+    monkeypatch.setattr(reconstruction, "project", noted)
+    monkeypatch.setattr(jobs, "project", noted)
+    together = gm.compress(model, "C8", include="*", **options)
+    assert used
+    assert threading.get_ident() not in used
+    monkeypatch.setattr(workers, "ROOM", 0.0)
+    alone = gm.compress(model, "C8", include="*", **options)
+    assert alone.plan.layers == together.plan.layers
+    for name, value in alone.model.named_parameters():
+        assert torch.equal(together.model.get_parameter(name), value)
