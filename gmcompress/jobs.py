@@ -160,7 +160,9 @@ class Job:
 
         weights = ((name, _named_matrix(self.model, name)) for name in structures)
         shapes = [plan.site(name).shape for name in structures]
-        found = side_by_side(work, weights, shapes, device=device_of(self.model))
+        # projections in closed form are few large factorisations, which torch's threads share well
+        fitted = side_by_side(work, weights, shapes, device=device_of(self.model))
+        found = map(work, weights) if effort is None else fitted
         for name in structures:
             if self.progress is not None:
                 self.progress(name, len(fits), len(structures))
