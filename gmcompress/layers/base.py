@@ -179,8 +179,9 @@ class GMLayer(SharingModule):
     def freeze_(self, path: Path, verdict: Verdict | None = None) -> None:
         """Take a path from now on, and keep what it needs of the weight: computed anew after every change of it.
 
-        The buffers kept are not part of what is saved. In training mode nothing is kept and the path is the same. In
-        evaluation mode the stored tensors get no gradients; the inputs do. Changes through `.data` are not seen.
+        The buffers kept are not part of what is saved. In training mode nothing is kept and the path is the same, but
+        of compiled layers the dense one. In evaluation mode the stored tensors get no gradients; the inputs do. Changes
+        through `.data` are not seen in that mode.
 
         Raises:
             GMError: the structure has no fast product.
@@ -198,6 +199,22 @@ class GMLayer(SharingModule):
             if path == "structured" and self.structure.group is not None:
                 self.layout = layout_of(self.structure.group)
         self.path, self.verdict, self._stamp = path, verdict, self._stamps()
+
+    def train(self, mode: bool = True) -> Any:
+        """What is kept is made anew after training: not all that trains, as fused optimizers, leaves a sign of it."""
+        if mode:
+            self._outdate()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """A compiled layer, for one, does not see by itself that what it keeps is of other values."""
+        super()._load_from_state_dict(*args, **options)
+        self._outdate()
+
+    def _outdate(self) -> None:
+        """Have what a frozen layer keeps made anew at its next call."""
+        if self._stamp is not None:
+            self._stamp = ()
 
     def thaw_(self) -> None:
         """Undo `freeze_`: the weight is computed at every call."""
@@ -240,7 +257,10 @@ class GMLayer(SharingModule):
             return None
         if self.computes_a_part:
             return None
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if not self._stamp:
+                return None
+        else:
             if self.computes_with_others:
                 return None
             if self._stamp != self._stamps():
@@ -285,8 +305,8 @@ class GMLayer(SharingModule):
         if not self.takes_fast_product(given):
             return None
         kept = self._kept()
-        if kept is None:
-            return prepare(self._operands(), self.structure)
+        if kept is None:  # a compiler, which follows no step of what is to be prepared, gets the dense weight
+            return None if torch.compiler.is_compiling() else prepare(self._operands(), self.structure)
         for name in ("gates", "left", "right", "scales"):
             if self._parameters.get(name) is not None:
                 kept[name] = getattr(self, name)
