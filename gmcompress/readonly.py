@@ -47,6 +47,19 @@ class ReadOnly(Tensor):
         _refuse(self, values)
 
     @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        """None, for it is no leaf of a graph."""
+        return super().grad
+
+    @grad.setter
+    def grad(self, values: Tensor | None) -> None:
+        if values is not None:
+            raise GMError(
+                "the weight of a structured layer is computed at every read, so a gradient set on it would be lost; "
+                f"let autograd find it, or {REMEDY}"
+            )
+
+    @property
     def T(self) -> Tensor:  # type: ignore[override]  # noqa: N802
         """The axes in reverse order."""
         return self.permute(*reversed(range(self.dim())))

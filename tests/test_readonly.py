@@ -130,3 +130,41 @@ def test_tying_again_is_harmless_and_another_value_refused():
     dense = gm.densify(small, ["embedding"])
     dense.head.weight = dense.embedding.weight = nn.Parameter(torch.zeros(16, 8))
     assert not dense(torch.arange(4)).any()
+
+
+def test_a_gradient_of_ones_own_is_refused():
+    class Product(torch.autograd.Function):
+        """Sets the gradient of a weight itself, as fused kernels do."""
+
+        @staticmethod
+        def forward(ctx, x, layer):
+            ctx.layer = layer
+            ctx.save_for_backward(x)
+            return x @ layer.weight.T
+
+        @staticmethod
+        def backward(ctx, slope):
+            weight, (x,) = ctx.layer.weight, ctx.saved_tensors
+            weight.grad = slope.T @ x
+            return slope @ weight, None
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(torch.relu(Product.apply(self.head.bias.sum() + x, self.body)))
+
+    x = torch.randn(4, 8)
+    result = gm.compress(Model().eval(), "C4", rank=1, inputs=x)
+    with pytest.raises(gm.GMError, match=r"backward pass of Model fails: .* a gradient set on it would be lost"):
+        gm.tune(result, [x], epochs=1, lr=1e-3)
+    for layer in layers():
+        weight = layer.weight
+        weight.grad = None
+        with pytest.raises(gm.GMError, match="gradient"):
+            weight.grad = torch.ones_like(weight)
+        parameter = nn.Parameter(weight)
+        parameter.grad = torch.ones_like(parameter)
+        assert parameter.grad is not None
