@@ -47,7 +47,7 @@ class ReadOnly(Tensor):
         _refuse(self, values)
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         """None, for it is no leaf of a graph."""
         return super().grad
 
