@@ -22,6 +22,7 @@ from .errors import GMError
 from .groups import Group
 from .kinds import view_of
 from .layers import GMConv2d, GMLayer, GMLinear, GMWeight, counterpart
+from .optimizers import follow_, names_held, remember_groups
 from .plain import is_plain, made_anew
 from .readonly import check_assigned, check_registered, read_only
 from .structure import Structure
@@ -268,6 +269,7 @@ def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool
         else:
             modules.append((module, layer))
             memo[id(module)] = layer
+    trained = names_held(model)
     changed = model if inplace else duplicate(model, memo)
     for module, layer in modules if inplace else []:
         _change_class(module, type(layer))
@@ -278,7 +280,20 @@ def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool
             if weight is not None:
                 attach_(each.module, each.key, weight if each is held[0] else weight.twin())
     _follow_ties_(changed)
+    follow_(changed, trained, lambda name: _stored_at(changed, name))
     return changed
+
+
+def _stored_at(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """What of a model's parameters a dense one of this name is by now: itself, or all parts of its structure."""
+    path, _, key = name.rpartition(".")
+    holder = module_at(model, path)
+    assert holder is not None, "a structured layer has the place of the dense one"
+    layer = holder if isinstance(holder, GMLayer) and key == "weight" else holder._modules.get(CHILD + key)
+    if isinstance(layer, GMLayer):
+        return [layer.get_parameter(part) for part in layer.parts()]
+    found = holder._parameters.get(key)
+    return list(holder.parameters(recurse=False)) if found is None else [found]  # of a separable kernel in its place
 
 
 def _follow_ties_(model: nn.Module) -> None:
@@ -320,6 +335,7 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     chosen = found if names is None else {name: found[name] for name in names}
     layers = [each for each in chosen.values() if isinstance(each, GMLinear | GMConv2d)]
     memo: dict[int, Any] = {id(each): each.dense() for each in layers}
+    trained = names_held(model)
     dense = duplicate(model, memo)
     for name, (weight, places) in attached(dense).items():
         if name in chosen:
@@ -327,7 +343,19 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             for module, key in places:
                 _detach_(module, key, parameter)
     _follow_ties_(dense)
+    follow_(dense, trained, lambda name: _dense_at(dense, name))
     return settled(dense)
+
+
+def _dense_at(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """What of a model's parameters a stored one of this name is by now: itself, or the weight that it was a part of."""
+    path, _, key = name.rpartition(".")
+    owner, _, child = path.rpartition(".")
+    module = module_at(model, path)
+    if module is None:  # it was that of a weight attached
+        return [model.get_submodule(owner).get_parameter(child.removeprefix(CHILD))]
+    found = module._parameters.get(key)
+    return [module.get_parameter("weight") if found is None else found]
 
 
 def remember(model: nn.Module) -> Callable[[], None]:
@@ -337,7 +365,10 @@ def remember(model: nn.Module) -> Callable[[], None]:
         (each, type(each), vars(each), dict(vars(each)), each._parameters.copy(), each._modules.copy()) for each in ours
     ]
 
+    put_groups_back = remember_groups(model)
+
     def put_back() -> None:
+        put_groups_back()
         for module, cls, attributes, held, parameters, children in kept:
             _change_class(module, cls)
             object.__setattr__(module, "__dict__", attributes)

@@ -12,7 +12,7 @@ PACKAGE = Path(gmcompress.__file__).parent
 FLOORS = (
     ("errors",),
     ("groups", "files", "tables", "linalg", "kinds", "liegrids", "copies", "sharing", "readonly", "workers"),
-    ("fourier", "fewrows", "signals", "nesting", "streams"),
+    ("fourier", "fewrows", "signals", "nesting", "streams", "optimizers"),
     ("forward",),
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils", "moments"),
