@@ -22,7 +22,7 @@ from .files import new_file, read_tensors, usable, write_tensors
 from .forward import Inputs, run, run_seeded, shell
 from .nesting import describe, is_one_argument
 from .reporting import Result
-from .storage import difference
+from .storage import check_storable, difference
 from .surgery import check_model
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "dense": ".safetensors"}
@@ -252,9 +252,7 @@ Written = tuple[_Example, Again, tuple[str, ...]]
 def _write_dense(model: nn.Module, example: _Example, file: Path) -> Written:
     plain = densify(model)
     state = plain.state_dict()
-    for name, each in state.items():
-        if not isinstance(each, Tensor):
-            raise GMError(f"the model's state {name!r} is no tensor but {type(each).__name__}, which cannot be written")
+    check_storable(state)
     write_tensors(file, {name: each.clone() for name, each in state.items()})  # tied ones under all their names
     with torch.no_grad():
         for each in state.values():

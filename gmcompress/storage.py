@@ -159,21 +159,35 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in whole_state(model).items():
-        if not isinstance(tensor, Tensor):
-            raise GMError(f"the model's state {name!r} is no tensor but {type(tensor).__name__}, which cannot be saved")
-        if not is_storable(tensor):
-            kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
-            raise GMError(
-                f"the model's state {name!r} ({kind}) is no tensor that safetensors can hold; "
-                "register it with persistent=False, or as another"
-            )
+    state = whole_state(model)
+    check_storable(state)
+    for name, tensor in state.items():
         kept = first.setdefault(id(tensor), name)
         if kept == name:
             tensors[name] = tensor.detach().clone()
         else:
             aliases[name] = kept
     return tensors, aliases
+
+
+def check_storable(state: Mapping[str, Any]) -> None:
+    """Refuse state of a model that safetensors cannot hold.
+
+    Raises:
+        GMError: naming it.
+    """
+    for name, each in state.items():
+        if not isinstance(each, Tensor):
+            remedy = "let get_extra_state return a tensor" if name.endswith("_extra_state") else "make it a buffer"
+            raise GMError(
+                f"the model's state {name!r} is no tensor but {type(each).__name__}, which cannot be written; {remedy}"
+            )
+        if not is_storable(each):
+            kind = f"{each.dtype}, {each.layout}".replace("torch.", "")
+            raise GMError(
+                f"the model's state {name!r} ({kind}) is no tensor that safetensors can hold; "
+                "register it with persistent=False, or as another"
+            )
 
 
 def _example(model: nn.Module) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Models that write into their own weights, make their own state or let nothing be set on them, at every door."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -169,3 +170,33 @@ def test_a_batch_by_name_that_is_the_one_argument_is_exported(name, suffix, tmp_
     found = gm.export(result, tmp_path / f"small{suffix}", format=name)
     assert found.dynamic
     assert found.difference < 1e-5
+
+
+class Scaled(Base):
+    """Has state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"scale": 2.0}
+
+    def set_extra_state(self, state):
+        assert state == {"scale": 2.0}
+
+
+class Quantised(Base):
+    """Has state that is no tensor of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such tensors are deprecated
+            self.register_buffer("table", torch.quantize_per_tensor(torch.ones(8), 0.1, 0, torch.qint8))
+
+
+@pytest.mark.parametrize(("cls", "said"), [(Scaled, "let get_extra_state return a tensor"), (Quantised, "persistent=")])
+def test_state_that_no_file_can_hold_is_told_at_every_door(cls, said, tmp_path):
+    x = torch.randn(8, 8)
+    result = gm.compress(cls().eval(), "C4", rank=1, inputs=x)
+    for write in (gm.save, lambda *given: gm.export(*given, format="dense")):
+        with pytest.raises(gm.GMError, match=said):
+            write(result, tmp_path / "small.safetensors")
+    assert not [*tmp_path.iterdir()]
