@@ -33,6 +33,9 @@ def duplicate(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 found = copy.deepcopy(model, leaves := dict(known))
             except Exception:
                 found = copy.deepcopy(model, leaves := known | _uncopied(model))
+    except RecursionError as problem:
+        what = f"the modules of this {type(model).__name__} lie too deep in one another to be copied"
+        raise GMError(f"{what}; give Python a higher limit: sys.setrecursionlimit(10_000)") from problem
     except Exception as problem:
         raise GMError(f"this {type(model).__name__} cannot be copied ({problem})") from problem
     _check_copied(model, found, memo)

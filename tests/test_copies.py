@@ -1,5 +1,6 @@
 """Copies of models: what torch's own leave out or refuse, and what is shared with the model copied."""
 
+import sys
 import threading
 import warnings
 import weakref
@@ -150,3 +151,25 @@ def test_the_mode_reaches_what_runs(build):
     set_mode(module, training=True)
     assert not torch.equal(module(ones), ones)
     assert not torch.equal(duplicate(module, {})(ones), ones)
+
+
+def test_modules_too_deep_in_one_another_say_how_to_go_on():
+    class Deep(nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.body = nn.Identity() if depth % 100 else nn.Linear(8, 8)
+            self.more = Deep(depth - 1) if depth else None
+
+        def forward(self, x):
+            x = self.body(x)
+            return x if self.more is None else self.more(x)
+
+    model, limit = Deep(200).eval(), sys.getrecursionlimit()
+    for inputs in (None, torch.ones(2, 8)):
+        with pytest.raises(gm.GMError, match=r"too deep in one another to be copied; .* sys.setrecursionlimit"):
+            gm.compress(model, "C4", rank=1, inputs=inputs)
+    sys.setrecursionlimit(10_000)
+    try:
+        assert gm.compress(model, "C4", rank=1, inputs=torch.ones(2, 8)).plan.layers
+    finally:
+        sys.setrecursionlimit(limit)
