@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
@@ -138,7 +139,8 @@ def prepare(tensors: Mapping[str, Tensor], structure: Structure) -> Tensors:
     ready = {name: tensors[name] for name in ("left", "right", "scales") if name in tensors}
     if structure.group is None:
         return ready
-    with torch.autocast(tensors["kernel"].device.type, enabled=False):
+    place = tensors["kernel"].device.type
+    with torch.autocast(place, enabled=False) if torch.amp.is_autocast_available(place) else nullcontext():
         return ready | _spectra(tensors, structure.group)
 
 

@@ -124,6 +124,12 @@ def test_weights_that_changed_without_a_sign_are_seen_after_training(path, compi
     assert gm.verdicts(frozen)["3"].path == path
 
 
+@pytest.mark.parametrize("path", ["dense", "structured"])
+def test_shapes_alone_are_found_where_there_are_no_values(path):
+    frozen = gm.freeze(network(), path).to("meta")
+    assert frozen(torch.randn(3, 8, 4, 4, device="meta")).shape == (3, 3)
+
+
 def test_a_parametrized_layer_is_timed_like_any_other():
     model, x = network(), torch.randn(3, 8, 4, 4)
     parametrize.register_parametrization(model[3], "kernel", Doubled())
