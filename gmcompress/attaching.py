@@ -280,7 +280,7 @@ def exchange(model: nn.Module, layers: Mapping[str, nn.Module], *, inplace: bool
             if weight is not None:
                 attach_(each.module, each.key, weight if each is held[0] else weight.twin())
     _follow_ties_(changed)
-    follow_(changed, trained, lambda name: _stored_at(changed, name))
+    follow_(changed, trained, lambda name: _stored_at(changed, name), inplace=inplace)
     return changed
 
 
@@ -343,7 +343,7 @@ def densify(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             for module, key in places:
                 _detach_(module, key, parameter)
     _follow_ties_(dense)
-    follow_(dense, trained, lambda name: _dense_at(dense, name))
+    follow_(dense, trained, lambda name: _dense_at(dense, name), inplace=False)
     return settled(dense)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from .copies import attributes_of, parameters_of
 
 Names = list[list[str | None]]  # of the parameters in every group, None of those that are not the model's
+Held = list[tuple[Optimizer, Names]]
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -32,23 +33,30 @@ def held_optimizers(model: nn.Module) -> list[Optimizer]:
     return list(found.values())
 
 
-def names_held(model: nn.Module) -> list[Names]:
-    """The names of the parameters in the groups of every optimizer held."""
+def names_held(model: nn.Module) -> Held:
+    """The optimizers that a model holds, each with the names of the parameters in its groups."""
     names = {id(each): name for name, each in parameters_of(model).items()}
     return [
-        [[names.get(id(each)) for each in group["params"]] for group in optimizer.param_groups]
-        for optimizer in held_optimizers(model)
+        (each, [[names.get(id(parameter)) for parameter in group["params"]] for group in each.param_groups])
+        for each in held_optimizers(model)
     ]
 
 
-def follow_(model: nn.Module, names: Iterable[Names], became: Callable[[str], list[nn.Parameter]]) -> None:
+def follow_(model: nn.Module, held: Held, became: Callable[[str], list[nn.Parameter]], *, inplace: bool) -> None:
     """Have the optimizers of a changed model train what the parameters of these names, known from before, became.
 
-    What an optimizer knows of a parameter stays where that is still one of this shape.
+    What an optimizer knows of a parameter stays where that is still one of this shape. One that a copy of the model has
+    in common with the model itself goes on with the model.
     """
+    now = held_optimizers(model)
+    sizes = [[len(group["params"]) for group in each.param_groups] for each in now]
+    if sizes != [[len(group) for group in names] for _, names in held]:
+        return  # a class of its own way to be copied, which takes others along
     here = {id(each): name for name, each in parameters_of(model).items()}
     done: dict[int, list[Tensor]] = {}  # by group, which a wrapper of an optimizer has too
-    for optimizer, before in zip(held_optimizers(model), names, strict=True):
+    for optimizer, (known_as, before) in zip(now, held, strict=True):
+        if optimizer is known_as and not inplace:
+            continue
         for group, known in zip(optimizer.param_groups, before, strict=True):
             if id(group) in done:
                 continue

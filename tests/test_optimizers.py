@@ -105,3 +105,36 @@ def test_wrappers_of_an_optimizer_and_parameters_of_others():
         for optimizer in (each.optimizer, each.wrapper):
             found = {id(part) for group in optimizer.param_groups for part in group["params"]}
             assert found == {id(part) for part in [*each.parameters(), *each.temperature]}
+
+
+class Shared(SimpleNamespace):
+    """Stays the same in copies, as what holds a connection or a lock does."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_an_optimizer_that_copies_have_in_common_goes_on_with_the_model_itself():
+    torch.manual_seed(0)
+    model = Agent()
+    model.optimizer = Shared(it=model.optimizer)
+    tokens = torch.arange(8)
+    before = [list(group["params"]) for group in model.optimizer.it.param_groups]
+    result = gm.compress(model, "C4", rank=1, include="*")
+    gm.densify(result.model)
+    after = [list(group["params"]) for group in model.optimizer.it.param_groups]
+    assert all(a is b for old, new in zip(before, after, strict=True) for a, b in zip(old, new, strict=True))
+    assert_learns(model, tokens)
+
+
+class Forgetful(Agent):
+    """Leaves its optimizer behind when it is copied."""
+
+    def __getstate__(self):
+        return self.__dict__ | {"optimizer": None}
+
+
+def test_a_copy_may_do_without_the_optimizer():
+    model = Forgetful()
+    assert not held_optimizers(gm.compress(model, "C4", rank=1, include="*").model)
+    assert len(held_optimizers(model)) == 1
