@@ -289,6 +289,8 @@ def with_nan(folder):
         (["--checkpoint", "nowhere.pt"], "nowhere.pt does not exist"),
         (["--in-chans", "3"], "does not fit test_resnet"),
         (["--num-classes", "7"], "does not fit test_resnet"),
+        (["--num-classes", "-3"], "num_classes must be at least 0, not -3"),
+        (["--in-chans", "0"], "in_chans must be at least 1, not 0"),
         (["--img-size", "4"], "img_size must be at least 8"),
         (["--model", "resnet1800"], "the nearest are 'resnet18'"),
         (["--opt", "sdg"], "timm knows no optimizer 'sdg'"),
@@ -321,6 +323,11 @@ def test_empty_data_folders(place, capsys):
     for split in ("train", "validation"):
         (place / "data" / split).mkdir(parents=True)
     assert_refused([*TRAIN, "--dataset", "", "--data-dir", "data"], "timm finds no images in", capsys, place)
+
+
+def test_a_plan_that_needs_no_weights_refuses_those_it_cannot_read(place, capsys):
+    arguments = ["plan", "--model", "test_resnet", "--rank", "1", "--checkpoint", "nowhere.pt"]
+    assert_refused(arguments, "nowhere.pt does not exist", capsys, place)
 
 
 def test_inputs_that_the_network_does_not_take(place, capsys):

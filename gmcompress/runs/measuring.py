@@ -62,14 +62,14 @@ def plan_run(settings: Mapping[str, Any], *, progress: Progress = silent) -> Pla
 
 
 def _build_for_plan(settings: Settings) -> nn.Module:
-    """The dense network, trained where a budget is to be spent on it."""
-    trained = settings.rank is None and settings.plan is None
-    if trained and settings.model and not (settings.pretrained or settings.checkpoint):
+    """The dense network, trained where a budget is to be spent on it, or where a file of its weights is named."""
+    needed = settings.rank is None and settings.plan is None
+    if needed and settings.model and not (settings.pretrained or settings.checkpoint):
         raise GMError(
             "a budget is spent where the trained weights need it: give pretrained, or their file as checkpoint; only "
             "with rank, which is the same for every layer, no weights are needed"
         )
-    return build(settings, trained=trained).to(find_device(settings.device))
+    return build(settings, trained=needed or bool(settings.checkpoint)).to(find_device(settings.device))
 
 
 def validate_run(settings: Mapping[str, Any], *, progress: Progress = silent) -> tuple[str, nn.Module, Accuracy]:

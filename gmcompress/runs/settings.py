@@ -86,8 +86,9 @@ class Settings:
         for key, known in (("amp_dtype", AMP), ("recalibrate", RECALIBRATE)):
             if getattr(self, key) not in known:
                 raise GMError(f"{key} is {' or '.join(known)}, not {getattr(self, key)!r}")
-        if self.samples < 1:
-            raise GMError(f"samples must be at least 1, not {self.samples}")
+        for key, least in (("samples", 1), ("num_classes", 0), ("in_chans", 1)):
+            if (given := getattr(self, key)) is not None and given < least:
+                raise GMError(f"{key} must be at least {least}, not {given}")
         self._check_way()
 
     def _check_way(self) -> None:
