@@ -106,8 +106,11 @@ def warm_up() -> None:
 
 def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The findings on one model, from a forked process that may fail, die, or take too long."""
-    limits = {"seconds": options.max_seconds, "gigabytes": options.max_gigabytes}
-    limits["largest_image"] = options.largest_image
+    limits = {
+        "seconds": options.max_seconds,
+        "gigabytes": options.max_gigabytes,
+        "largest_image": options.largest_image,
+    }
     with tempfile.TemporaryDirectory() as folder:
         wanted = (name, options.group, Path(folder))
         process = multiprocessing.get_context("fork").Process(target=work, args=wanted, kwargs=limits)

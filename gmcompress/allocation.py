@@ -17,17 +17,16 @@ from .copies import device_of
 from .errors import GMError
 from .factors import Metric
 from .groups import Group
-from .moments import Moments
 from .notes import Notes
 from .plain import is_plain
 from .planning import Eligible, Plan
 from .probes import Probe, Probes, Sensitivity
 from .projection import exactness
-from .reconstruction import Calibration
+from .reconstruction import Calibration, Seen
 from .selection import Candidate, Selection, check_reachable, select
 from .structure import Structure
 from .subjects import Subject, priced, rank_within
-from .surgery import Site, find_weight, read_weight
+from .surgery import Site, find_weight
 from .workers import side_by_side
 
 Progress = Callable[[str, int, int], None]
@@ -59,15 +58,15 @@ def tabulate(
     found, probes = _kept(notes, kind, list(by_name))
     names = [name for name in by_name if name not in found]
 
-    def work(one: _Weight) -> tuple[list[Candidate], Probe | None]:
-        rows = (positions or {}).get(one.site.name)
-        return _examined(one, calibration, _fitting(one.layer, group), positions=rows, effort=effort)
+    def work(one: Seen) -> tuple[list[Candidate], Probe | None]:
+        rows = (positions or {}).get(one.name)
+        return _examined(one, by_name[one.name], calibration, group, positions=rows, effort=effort)
 
     for chunk in [names] if calibration is None else _chunks(dense, names, calibration):
         known = calibration is not None and is_plain(dense, chunk[0])
         moments = calibration.moments(dense, dense, chunk) if calibration is not None and known else {}
         shapes = [by_name[name].shape for name in chunk]
-        weights = (_Weight.of(dense, by_name[name], moments.pop(name, None)) for name in chunk)
+        weights = (Seen.of(dense, name, moments.pop(name, None)) for name in chunk)
         examined = side_by_side(work, weights, shapes, device=device_of(dense))
         for name in chunk:
             if progress is not None:
@@ -85,30 +84,20 @@ def tabulate(
     return {name: [measured[name].weigh(each) for each in found[name]] for name in by_name}
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A layer to be examined, and the moments of its inputs, where it has been seen."""
-
-    site: Site
-    layer: nn.Module
-    weight: Tensor
-    moments: Moments | None
-
-    @classmethod
-    def of(cls, dense: nn.Module, site: Site, moments: Moments | None) -> _Weight:
-        weight = read_weight(dense, site.name)
-        assert weight is not None, "only matrices are planned"
-        return cls(site, find_weight(dense, site.name)[0], weight, moments)
-
-
 def _examined(
-    one: _Weight, calibration: Calibration | None, group: Group | None, *, positions: int | None, effort: float
+    one: Seen,
+    site: Site,
+    calibration: Calibration | None,
+    group: Group | None,
+    *,
+    positions: int | None,
+    effort: float,
 ) -> tuple[list[Candidate], Probe | None]:
     """The candidates of a layer, and with data the low ranks that stand for them where their effect is measured."""
-    name, seen = one.site.name, one.moments
+    name, seen = one.name, one.moments
     metric = Metric() if calibration is None else calibration.metric(name, one.layer, seen)
-    subject = subject_of(one.site, one.weight, metric, positions=positions)
-    found = candidates(subject, group, effort=effort)
+    subject = subject_of(site, one.weight, metric, positions=positions)
+    found = candidates(subject, _fitting(one.layer, group), effort=effort)
     if calibration is None:
         return found, None
     return found, Probe.of(subject, seen.mean if seen and calibration.absorbs(name, one.layer) else None)

@@ -159,10 +159,11 @@ class Job:
             return _nearest(*each, structures[each[0]], effort=effort)
 
         weights = ((name, _named_matrix(self.model, name)) for name in structures)
-        shapes = [plan.site(name).shape for name in structures]
-        # projections in closed form are few large factorisations, which torch's threads share well
-        fitted = side_by_side(work, weights, shapes, device=device_of(self.model))
-        found = map(work, weights) if effort is None else fitted
+        if effort is None:  # closed forms are few large factorisations, which torch's threads share well
+            found: Iterator[Fit] = map(work, weights)
+        else:
+            shapes = [plan.site(name).shape for name in structures]
+            found = side_by_side(work, weights, shapes, device=device_of(self.model))
         for name in structures:
             if self.progress is not None:
                 self.progress(name, len(fits), len(structures))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,11 +202,8 @@ def reconstruct(
     others = [name for name in names if not plain[name]]
     for chunk in ([others] if others else []) + calibration.chunks(dense, [name for name in names if plain[name]]):
         moments = calibration.moments(dense, small, chunk, crossed=chunk[:1]) if plain[chunk[0]] else {}
-
-        def work(one: _Weight) -> tuple[Fit, Tensor]:
-            return _fitted(one, structures[one.name], calibration, effort=effort)
-
-        weights = [_Weight.of(dense, name, moments.get(name), first=name == chunk[0]) for name in chunk]
+        work = partial(_fitted, structures=structures, calibration=calibration, first=chunk[0], effort=effort)
+        weights = [Seen.of(dense, name, moments.get(name)) for name in chunk]
         fitted = side_by_side(work, weights, [each.weight.shape for each in weights], device=device_of(dense))
         for one in weights:
             if progress is not None:
@@ -218,27 +216,33 @@ def reconstruct(
 
 
 @dataclass(frozen=True)
-class _Weight:
-    """A layer to be fitted, and the moments of its inputs, where it has them; the first one of a pass has both."""
+class Seen:
+    """A layer and its dense weight, with the moments of its inputs, where it has been seen."""
 
     name: str
     layer: nn.Module
     weight: Tensor
     moments: Moments | None
-    first: bool
 
     @classmethod
-    def of(cls, dense: nn.Module, name: str, moments: Moments | None, *, first: bool) -> _Weight:
+    def of(cls, dense: nn.Module, name: str, moments: Moments | None) -> Seen:
         weight = read_weight(dense, name)
-        assert weight is not None, "a plan is checked to fit its model"
-        return cls(name, find_weight(dense, name)[0], weight, moments, first)
+        assert weight is not None, "only matrices are planned"
+        return cls(name, find_weight(dense, name)[0], weight, moments)
 
 
-def _fitted(one: _Weight, structure: Structure, calibration: Calibration, *, effort: float) -> tuple[Fit, Tensor]:
+def _fitted(
+    one: Seen,
+    *,
+    structures: Mapping[str, Structure],
+    calibration: Calibration,
+    first: str,  # the layer that makes up for the errors before it
+    effort: float,
+) -> tuple[Fit, Tensor]:
     """The fit of a layer, and the weight that it stands for."""
-    seen, target = one.moments, one.weight.double()
+    structure, seen, target = structures[one.name], one.moments, one.weight.double()
     metric = calibration.metric(one.name, one.layer, seen)
-    if seen is not None and one.first:
+    if seen is not None and one.name == first:
         target = (seen.centred() if calibration.absorbs(one.name, one.layer) else seen).target(target)
     share = structure.parameters(one.weight.shape) / one.weight.numel()
     fit = best_fit(one.weight, target, structure, metric, effort=effort * slowness(share, power=PATIENCE))

@@ -1,8 +1,8 @@
 """Work on many weights side by side, each on a thread of its own.
 
 A fit is a long row of products so small that torch's threads, which share each of them, lose more by waiting for each
-other than they gain: with two of them fits took from as long to two thirds longer. Two fits at a time, on one thread
-each, take a half to nine tenths of the time of one after the other.
+other than they gain: with two of them fits took from as long to two thirds longer than with one. Two fits at a time, on
+one thread each, took three quarters to nine tenths of the time of one after the other on one thread.
 """
 
 from __future__ import annotations
