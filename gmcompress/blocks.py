@@ -11,7 +11,7 @@ Source: Li et al. 2021, BRECQ (there for quantisation).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -44,8 +44,9 @@ MEMORY = 3e9  # bytes of inputs and outputs held at once
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of Adam, one of which a trial chooses
 TRIAL = 12  # steps of the trial at each rate
 TRIED = 3  # blocks whose trials speak for the others, where each would cost more than the steps it is for
-LONGER = 3.0  # times as large a rate as the best of so few steps is best for many
-SHARES = (0.85, 0.75)  # of the way that all blocks went: the whole can suit the data of the steps too well
+LONGER = 3.0  # times as large a rate as the best of so few steps is best for many, of more than all trials have
+LOWER = 3.0  # times smaller is the rate that is tried where another did harm
+SHARES = (0.85, 0.75, 0.5, 0.25)  # of the way that blocks went: the whole can suit the data of the steps too well
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,9 +88,9 @@ def refit_blocks(
 ) -> list[Refit]:
     """Refit block after block; a block that cannot be run by itself, or is run more than once, is left as it is.
 
-    In the end all go back part of the way where that brings the outputs on held-out examples nearer to the dense
-    model's, and the whole way where nothing else does. Nothing happens in half precision, with fewer than FEWEST
-    examples, or where running these would cost too much.
+    Each goes back part of the way where held-out examples bear that out; in the end all do together where that brings
+    the outputs nearer to the dense model's, and the whole way where nothing else does. Nothing happens in half
+    precision, with fewer than FEWEST examples, or where running these would cost too much.
     """
     examples = sum(map(count_examples, batches))
     affordable = int(effort * WORK / max(1, 3 * macs))  # examples through all blocks, forward and backward
@@ -102,8 +103,13 @@ def refit_blocks(
     training = {module: module.training for module in small.modules()}
     evaluating(small)
     held = pieces[HELD_OUT // 2 :: HELD_OUT]
-    wanted, had = outputs(dense, held), {key: each.detach().clone() for key, each in parameters_of(small).items()}
-    before = divergence(wanted, outputs(small, held), logits=logits)
+    wanted, parameters = outputs(dense, held), list(parameters_of(small).values())
+    had = [each.detach().clone() for each in parameters]
+
+    def judge() -> float:
+        return divergence(wanted, outputs(small, held), logits=logits)
+
+    before = judge()
     done: list[Refit] = []
     walk = _Walk(dense, small, pieces)
     names = walk.order(find_blocks(small))
@@ -115,7 +121,7 @@ def refit_blocks(
             block, tensors = small.get_submodule(name), _free(small, name)
             kept = notes.read(kind, name) if notes is not None else None
             if kept is not None:
-                _put(tensors, kept[1])
+                _put(tensors.values(), [kept[1][key] for key in tensors])
                 done.append(Refit(name, **kept[0]))
             elif tensors and (steps := walk.steps(name)):
                 measure = _Measure(steps, weights.get(name))
@@ -126,7 +132,7 @@ def refit_blocks(
                     facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
                     notes.write(kind, name, facts, {key: each.detach() for key, each in tensors.items()})
             walk.leave(name)
-        if done and not _shorten(small, had, before, lambda: divergence(wanted, outputs(small, held), logits=logits)):
+        if done and not _shorten(parameters, had, before, judge) < before:
             done = [replace(each, after=each.before, rate=0.0) for each in done]
     finally:
         for module, mode in training.items():
@@ -135,26 +141,25 @@ def refit_blocks(
 
 
 @torch.no_grad()
-def _put(tensors: Mapping[Any, Tensor], values: Mapping[Any, Tensor]) -> None:
-    for key, each in tensors.items():
-        each.copy_(values[key])
+def _put(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for each, value in zip(tensors, values, strict=True):
+        each.copy_(value)
 
 
 @torch.no_grad()
-def _shorten(small: nn.Module, start: Mapping[str, Tensor], before: float, judge: Callable[[], float]) -> bool:
-    """Move the parameters to the best place on the way from their start; whether that is any other than the start."""
-    tensors = parameters_of(small)
-    ends = {key: each.detach().clone() for key, each in tensors.items()}
+def _shorten(tensors: Sequence[Tensor], start: Sequence[Tensor], before: float, judge: Callable[[], float]) -> float:
+    """Move tensors to the best place on the way from their start; the error there, `before` where it is the start."""
+    ends = [each.detach().clone() for each in tensors]
     best, least = ends, judge()
     for share in SHARES:
-        between = {key: each.lerp(ends[key], share) for key, each in start.items()}
+        between = [old.lerp(new, share) for old, new in zip(start, ends, strict=True)]
         _put(tensors, between)
         if not (lost := judge()) < least:
             break
         best, least = between, lost
     moved = least < before
     _put(tensors, best if moved else start)
-    return moved
+    return least if moved else before
 
 
 def _free(small: nn.Module, name: str) -> dict[str, Tensor]:
@@ -180,8 +185,9 @@ def _refit(
 ) -> Refit | None:
     """Adam with a rate from a trial, falling to zero; undone where held-out steps do not bear it out.
 
-    The rates that `helped` the blocks before speak for this one where a trial would cost more than the steps do. None
-    where the block does not give what the dense one gives, since what runs inside depends on values.
+    The rates that `helped` the blocks before speak for this one where a trial would cost more than the steps do; a rate
+    that does harm gives way to a lower one. None where the block does not give what the dense one gives, since what
+    runs inside depends on values.
     """
     held = steps[HELD_OUT // 2 :: HELD_OUT]
     used = [each for index, each in enumerate(steps) if index % HELD_OUT != HELD_OUT // 2]
@@ -194,11 +200,15 @@ def _refit(
     after, rate = before, 0.0
     try:
         count = len(used) * passes
-        if count < TRIAL * len(RATES) and len(helped) >= TRIED:
+        few = count < TRIAL * len(RATES)
+        if few and len(helped) >= TRIED:
             rate = median_low(helped)
         else:
-            rate = LONGER * descent.choose(before, min(TRIAL, count))
-        after = descent.run(rate, count)
+            rate = (1.0 if few else LONGER) * descent.choose(before, min(TRIAL, count))
+        after = descent.arrive(rate, count, before)
+        if not after < before:
+            rate /= LOWER
+            after = descent.arrive(rate, count, before)
     except Exception:  # of any kind: what gives no gradients is left as it was
         pass
     finally:
@@ -251,6 +261,11 @@ class _Descent:
             optimizer.step()
             cycle.step()
         return self.judge()
+
+    def arrive(self, rate: float, count: int, before: float) -> float:
+        """The error after so many steps, or back on the way where it is less; `before` at the start."""
+        self.run(rate, count)
+        return _shorten(self.parameters, self.start, before, self.judge)
 
     @torch.no_grad()
     def judge(self) -> float:

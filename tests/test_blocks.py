@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -164,14 +165,39 @@ def test_few_blocks_are_tried_where_trials_cost_more_than_steps(
     dense = Stack(depth=5).eval()
     small = unrefitted(dense, monkeypatch).model
     monkeypatch.setattr(blocks, "WORK", passes * 512 * 3 * 10_000)
-    monkeypatch.setattr(blocks, "_shorten", lambda *_: True)  # so few steps may not help the outputs
+    judged = iter([2.0] + 9 * [1.0])  # so few steps may not help the outputs
+    monkeypatch.setattr(blocks, "divergence", lambda *_, **__: next(judged))
     tried: list[float] = []
     first = blocks._Descent.choose
     monkeypatch.setattr(blocks._Descent, "choose", lambda *each: tried.append(rate := first(*each)) or rate)
     found = refit(small, dense)
     assert len(tried) == trials
     assert all(each.rate > 0 and each.after < each.before for each in found)
-    assert {each.rate for each in found} <= {blocks.LONGER * rate for rate in tried}
+    longer = blocks.LONGER if trials == 5 else 1.0
+    assert {each.rate for each in found} <= {longer * rate for rate in tried}
+
+
+def test_a_rate_that_does_harm_gives_way_to_a_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = built()
+    small = unrefitted(dense, monkeypatch).model
+    monkeypatch.setattr(blocks, "RATES", (100.0,))
+    monkeypatch.setattr(blocks, "LOWER", 1e5 * blocks.LONGER)
+    found = refit(small, dense)
+    assert all(each.rate == pytest.approx(1e-3) and each.after < each.before for each in found)
+
+
+def test_a_block_goes_back_as_far_as_its_held_out_steps_bear_it_out() -> None:
+    def off(moved: Tensor, best: float) -> float:
+        return float((moved.mean() - best).abs())
+
+    start, end = torch.zeros(3), torch.ones(3)
+    for best in (*blocks.SHARES, 1.0):
+        moved = end.clone()
+        least = blocks._shorten([moved], [start], 2.0, partial(off, moved, best))
+        torch.testing.assert_close(moved, torch.full((3,), best))
+        assert least == pytest.approx(0.0, abs=1e-6)
+    assert blocks._shorten([moved], [start], 2.0, lambda: 3.0) == 2.0
+    assert torch.equal(moved, start)
 
 
 def test_modes_flags_and_gradients_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
