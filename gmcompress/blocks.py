@@ -11,9 +11,10 @@ Source: Li et al. 2021, BRECQ (there for quantisation).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from statistics import median_low
 from typing import Any
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .attaching import structured
 from .batches import count_examples, first_examples, is_divisible
 from .calibration import divergence, outputs
-from .copies import evaluating, parameters_of, set_mode
+from .copies import evaluating, keeping_modes, parameters_of
 from .forward import Inputs, ungraded
 from .nesting import describe, floating, own_copy
 from .notes import Notes
@@ -99,44 +100,53 @@ def refit_blocks(
     pieces = _pieces(first_examples(batches, affordable))
     if len(pieces) < HELD_OUT:
         return []
-    passes = max(1, min(PASSES, affordable // examples))
-    training = {module: module.training for module in small.modules()}
-    evaluating(small)
-    held = pieces[HELD_OUT // 2 :: HELD_OUT]
-    wanted, parameters = outputs(dense, held), list(parameters_of(small).values())
+    held, parameters = pieces[HELD_OUT // 2 :: HELD_OUT], list(parameters_of(small).values())
     had = [each.detach().clone() for each in parameters]
+    with keeping_modes(small):
+        evaluating(small)
+        wanted = outputs(dense, held)
 
-    def judge() -> float:
-        return divergence(wanted, outputs(small, held), logits=logits)
+        def judge() -> float:
+            return divergence(wanted, outputs(small, held), logits=logits)
 
-    before = judge()
-    done: list[Refit] = []
-    walk = _Walk(dense, small, pieces)
-    names = walk.order(find_blocks(small))
-    weights = sensitivities(dense, pieces[: -(-SENSED // SIZE)], names, logits=logits, seed=seed)
-    try:
-        for name in names:
-            if progress is not None:
-                progress(name, len(done), len(names))
-            block, tensors = small.get_submodule(name), _free(small, name)
-            kept = notes.read(kind, name) if notes is not None else None
-            if kept is not None:
-                _put(tensors.values(), [kept[1][key] for key in tensors])
-                done.append(Refit(name, **kept[0]))
-            elif tensors and (steps := walk.steps(name)):
-                measure = _Measure(steps, weights.get(name))
-                helped = [each.rate for each in done if each.rate > 0]
-                found = _refit(name, block, list(tensors.values()), steps, measure, helped, passes=passes, seed=seed)
-                done += [] if found is None else [found]
-                if notes is not None and found is not None:
-                    facts = {key: getattr(done[-1], key) for key in ("before", "after", "rate")}
-                    notes.write(kind, name, facts, {key: each.detach() for key, each in tensors.items()})
-            walk.leave(name)
+        before = judge()
+        walk = _Walk(dense, small, pieces)
+        names = walk.order(find_blocks(small))
+        weights = sensitivities(dense, pieces[: -(-SENSED // SIZE)], names, logits=logits, seed=seed)
+        work = partial(_refit, passes=max(1, min(PASSES, affordable // examples)), seed=seed)
+        done = _in_order(walk, names, weights, work, notes or Notes(None, {}), kind, progress)
         if done and not _shorten(parameters, had, before, judge) < before:
             done = [replace(each, after=each.before, rate=0.0) for each in done]
-    finally:
-        for module, mode in training.items():
-            set_mode(module, training=mode)
+    return done
+
+
+def _in_order(
+    walk: _Walk,
+    names: Sequence[str],
+    weights: Mapping[str, Sequence[Tensor]],  # of errors, by block
+    work: Callable[..., Refit | None],
+    notes: Notes,
+    kind: str,
+    progress: Progress | None,
+) -> list[Refit]:
+    """The blocks refitted one after another, those done before as the notes have them."""
+    done: list[Refit] = []
+    for name in names:
+        if progress is not None:
+            progress(name, len(done), len(names))
+        block, tensors = walk.models[1].get_submodule(name), _free(walk.models[1], name)
+        kept = notes.read(kind, name)
+        if kept is not None:
+            _put(tensors.values(), [kept[1][key] for key in tensors])
+            done.append(Refit(name, **kept[0]))
+        elif tensors and (steps := walk.steps(name)):
+            helped = [each.rate for each in done if each.rate > 0]
+            found = work(name, block, list(tensors.values()), steps, _Measure(steps, weights.get(name)), helped)
+            if found is not None:
+                done.append(found)
+                facts = {key: getattr(found, key) for key in ("before", "after", "rate")}
+                notes.write(kind, name, facts, {key: each.detach() for key, each in tensors.items()})
+        walk.leave(name)
     return done
 
 

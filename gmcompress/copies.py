@@ -254,6 +254,17 @@ def set_mode(module: nn.Module, *, training: bool) -> None:
         vars(module)["training"] = training
 
 
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Every module is afterwards in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            set_mode(module, training=training)
+
+
 def settled(model: nn.Module) -> nn.Module:
     """The model itself, with what a `train` of its own keeps of the weights in evaluation mode made anew."""
     return model if any(each.training for each in model.modules()) else evaluating(model)

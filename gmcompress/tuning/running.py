@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attaching import structured
 from ..calibration import ends_in_classes
-from ..copies import duplicate, evaluating, parameters_of, set_mode, training
+from ..copies import duplicate, evaluating, keeping_modes, parameters_of, training
 from ..errors import GMError, said
 from ..forward import Inputs, call
 from ..nesting import describe
@@ -179,16 +179,13 @@ class Run:
         A head that no output reaches, for one, would stall the processes unless they looked for such parameters at
         every step. Weights, statistics, gradients, modes and random numbers, also the loader's, stay as they were.
         """
-        modes = {module: module.training for module in self.model.modules()}
         drawing = getattr(self.loader, "synchronized_generator", None)  # of a loader that accelerate prepared
         drawn = None if drawing is None else drawing.get_state()
-        with own_random_numbers(), self.taken_back():
+        with keeping_modes(self.model), own_random_numbers(), self.taken_back():
             training(self.model)
             self.loss(next(iter(self.loader), None), features=1.0).backward()
         left = any(each.requires_grad and each.grad is None for each in parameters_of(self.model).values())
         self.model.zero_grad()
-        for module, mode in modes.items():
-            set_mode(module, training=mode)
         if drawing is not None:
             drawing.set_state(drawn)
         return self.mean(float(left)) > 0
