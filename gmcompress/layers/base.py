@@ -24,6 +24,7 @@ from .labels import label_table
 
 Path = Literal["dense", "structured"]  # a product with the computed weight, or the fast product of its structure
 READY = "ready_"  # and a name: the buffers that a frozen layer keeps
+STORED_READY = ("gates", "left", "right", "scales")  # parameters that the fast product takes as they are stored
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class GMLayer(SharingModule):
     """
 
     PARTS: Final = ("kernel", "gates", "filters", "left", "right", "scales", "mixing", "outer", "inner")
+    _ALL_PARTS: Final = frozenset(PARTS)
     SHARED = ("labels",)
 
     def __init__(
@@ -72,6 +74,7 @@ class GMLayer(SharingModule):
         self.verdict: Verdict | None = None
         self.layout: Layout | None = None
         self._stamp: tuple[tuple[int, int], ...] | None = None  # of the tensors that the kept buffers are made of
+        self._names: tuple[tuple[str, str], ...] = ()  # of what is kept, and of its buffers
         shapes = structure.shapes(shape)
         for part in self.PARTS:
             stored = nn.Parameter(torch.empty(shapes[part], device=device, dtype=dtype)) if part in shapes else None
@@ -191,14 +194,14 @@ class GMLayer(SharingModule):
             raise GMError(f"{self} has no fast product: {problem}")
         self.thaw_()
         with torch.inference_mode(False):
-            own = ("gates", "left", "right", "scales")  # parameters, which need no copy
             made = keep(self._operands(), self.structure) if path == "structured" else {"weight": self._computed()}
             for name, tensor in made.items():
-                if name not in own:
+                if name not in STORED_READY:
                     self.register_buffer(READY + name, tensor.detach(), persistent=False)
             if path == "structured" and self.structure.group is not None:
                 self.layout = layout_of(self.structure.group)
-        self.path, self.verdict, self._stamp = path, verdict, self._stamps()
+        self._names = tuple((each[len(READY) :], each) for each in self._buffers if each.startswith(READY))
+        self.path, self.verdict, self._stamp = path, verdict, _stamps(self._stored())
 
     def train(self, mode: bool = True) -> Any:
         """What is kept is made anew after training: not all that trains, as fused optimizers, leaves a sign of it."""
@@ -220,6 +223,7 @@ class GMLayer(SharingModule):
         """Undo `freeze_`: the weight is computed at every call."""
         for name in [each for each in self._buffers if each.startswith(READY)]:
             delattr(self, name)
+        self._names = ()
         self.path, self.verdict, self._stamp = "dense", None, None
 
     @property
@@ -238,7 +242,7 @@ class GMLayer(SharingModule):
     @property
     def computes_a_part(self) -> bool:
         """Whether a part is no parameter any more but made of others, as pruning and parametrizations do."""
-        return not self._parameters.keys() >= set(self.PARTS)
+        return not self._parameters.keys() >= self._ALL_PARTS
 
     def _stored(self) -> list[nn.Parameter]:
         return [each for name in self.PARTS if (each := self._parameters.get(name)) is not None]
@@ -246,10 +250,7 @@ class GMLayer(SharingModule):
     @property
     def computes_with_others(self) -> bool:
         """Whether it has other tensors for the time of one call, as `torch.func.functional_call` puts in."""
-        return any(type(each) is not nn.Parameter for each in self._stored())
-
-    def _stamps(self) -> tuple[tuple[int, int], ...]:
-        return tuple((0 if each.is_inference() else each._version, each.data_ptr()) for each in self._stored())
+        return _are_others(self._stored())
 
     def _kept(self) -> dict[str, Tensor] | None:
         """The kept buffers by name, made anew where the weight changed; None where they cannot be used."""
@@ -260,12 +261,13 @@ class GMLayer(SharingModule):
         if torch.compiler.is_compiling():
             if not self._stamp:
                 return None
-        else:
-            if self.computes_with_others:
+        else:  # at every call, so in few steps: with one input they take a part of the time that is seen
+            stored = self._stored()
+            if _are_others(stored):
                 return None
-            if self._stamp != self._stamps():
+            if self._stamp != _stamps(stored):
                 self.freeze_(self.path, self.verdict)
-        return {name[len(READY) :]: each for name, each in self._buffers.items() if name.startswith(READY)}  # type: ignore[misc]
+        return {name: self._buffers[buffer] for name, buffer in self._names}  # type: ignore[misc]
 
     def takes_fast_product(self, given: Tensor) -> bool:
         """Whether a call with this input takes the fast product: as frozen, or as is faster for its shape."""
@@ -307,9 +309,9 @@ class GMLayer(SharingModule):
         kept = self._kept()
         if kept is None:  # a compiler, which follows no step of what is to be prepared, gets the dense weight
             return None if torch.compiler.is_compiling() else prepare(self._operands(), self.structure)
-        for name in ("gates", "left", "right", "scales"):
-            if self._parameters.get(name) is not None:
-                kept[name] = getattr(self, name)
+        for name in STORED_READY:
+            if (part := self._parameters.get(name)) is not None:
+                kept[name] = part
         return kept
 
     def _dense(self) -> Tensor:
@@ -331,6 +333,14 @@ def filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
     if layer.bias is not None:
         empty.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return empty.train(layer.training)
+
+
+def _are_others(stored: list[nn.Parameter]) -> bool:
+    return any(type(each) is not nn.Parameter for each in stored)
+
+
+def _stamps(stored: list[nn.Parameter]) -> tuple[tuple[int, int], ...]:
+    return tuple((0 if each.is_inference() else each._version, each.data_ptr()) for each in stored)
 
 
 def kept_random(parameter: Tensor) -> Any:
