@@ -3,7 +3,8 @@
 With a single input a product of group matrices takes less time than the calls that lead to it, and a batch of small
 matrices times vectors is slow. So bases and spectra are kept in an order in which the frequencies are the last axis:
 no step moves single numbers, none of a single input moves anything, and the irreducible blocks are applied by an
-elementwise product that is summed up.
+elementwise product that is summed up. Outputs come first in it, so that the thread that multiplies a part also sums it
+up: numbers that another core has just written take longer to read than to compute.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def prepare_few(
     """Bases, spectra and gates with the frequencies last; nothing where matrix products are the better way.
 
     `few_basis0` is (n, n), its columns (size, count) where those of the given one are (count, size); `few_basis1`, of
-    a second axis, is (size, count, m). `few_spectrum` is (size1·i·size0, 1, size1·(1+r)·o·size0, M), the axis of the
-    sum in front, and `few_gates` (r, o·n).
+    a second axis, is (size, count, m). `few_spectrum` is (size1·(1+r)·o·size0, size1·i·size0, M), outputs in front, and
+    `few_gates` (r, o·n).
     """
     spectrum = ready["spectrum0"]  # (M, D·o·(1+r), D·i)
     linear = spectrum.dim() == 3 and len(counts) <= len(BASES)
@@ -48,8 +49,8 @@ def prepare_few(
     split = spectrum.reshape(*counts, *sizes, -1, more, *sizes, spectrum.shape[2] // size)
     outputs, o, inputs = range(axes, 2 * axes), 2 * axes, range(2 * axes + 2, 3 * axes + 2)
     summed, kept = (*inputs[1:], inputs.stop, inputs[0]), (*outputs[1:], o + 1, o, outputs[0])
-    moved = split.permute(*summed, *kept, *range(axes))
-    found[SPECTRUM] = moved.reshape(spectrum.shape[2], 1, spectrum.shape[1], spectrum.shape[0])
+    moved = split.permute(*kept, *summed, *range(axes))
+    found[SPECTRUM] = moved.reshape(spectrum.shape[1], spectrum.shape[2], spectrum.shape[0])
     return found
 
 
@@ -85,10 +86,10 @@ def few_rows(
 
 
 def _coupled(found: Tensor, spectrum: Tensor, samples: int, size: int) -> Tensor:
-    """The irreducible blocks applied: (size, N, J, M), of whatever shape, and (size·J, 1, K, M) -> (N, K, M)."""
-    if samples > 1:
-        found = found.view(size, samples, -1, spectrum.shape[3]).transpose(1, 2).contiguous()
-    return (spectrum * found.view(-1, samples, 1, spectrum.shape[3])).sum(0)
+    """The irreducible blocks applied: (size, N, J, M), of whatever shape, and (K, size·J, M) -> (N, K, M)."""
+    if samples > 1 and size > 1:
+        found = found.view(size, samples, -1).transpose(0, 1).contiguous()
+    return (spectrum * found.view(samples, 1, *spectrum.shape[1:])).sum(2)
 
 
 def gated(signals: Tensor, gates: Tensor, axis: int) -> Tensor:
