@@ -1,5 +1,8 @@
 """The fast product for a few inputs: one multiplication and one sum in place of many small matrix products.
 
+For products of cyclic groups on the CPU that is done in between of fast Fourier transforms, of complex numbers, which
+read the least; where these cannot be, and for other groups, in between of products with real bases.
+
 With a single input a product of group matrices takes less time than the calls that lead to it, and a batch of small
 matrices times vectors is slow. So bases and spectra are kept in an order in which the frequencies are the last axis:
 no step moves single numbers, none of a single input moves anything, and the irreducible blocks are applied by an
@@ -12,13 +15,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .groups import Group
+
 ROWS = 4  # inputs, at most: with more, matrix products are faster
+FFT_ROWS = 8
+WIDEST = 3 << 19  # numbers in the product of all spectra with all inputs' coefficients, at most: memory, and time
 LARGEST = 1 << 18  # entries of the spectra, at most: larger ones do not stay in the cache, and time is that of reading
+WHOLE = (torch.float32, torch.float64)
 BASES = ("few_basis0", "few_basis1")
-SPECTRUM, GATES = "few_spectrum", "few_gates"
+SPECTRUM, WAVES, GATES = "few_spectrum", "few_waves", "few_gates"
 
 
 def prepare_few(
@@ -34,7 +43,7 @@ def prepare_few(
     """
     spectrum = ready["spectrum0"]  # (M, D·o·(1+r), D·i)
     linear = spectrum.dim() == 3 and len(counts) <= len(BASES)
-    if not linear or spectrum.numel() > LARGEST or spectrum.dtype not in (torch.float32, torch.float64):
+    if not linear or spectrum.numel() > LARGEST or spectrum.dtype not in WHOLE:
         return {}
     apart = [
         ready[f"basis{number}"].unflatten(1, each) for number, each in enumerate(zip(counts, sizes, strict=True))
@@ -78,11 +87,7 @@ def few_rows(
         if samples > 1:
             found = found.view(samples, size, -1).transpose(0, 1).contiguous()
         found = torch.addbmm(start, found.view(size, -1, wide), second, beta=int(early))
-    found = found.view(samples, -1)
-    if GATES in ready:
-        gates = ready[GATES].to(found.dtype)
-        found = gated(found.view(samples, -1, gates.shape[1]), gates[None], 1)
-    return found if bias is None or early else found + bias.to(found.dtype)
+    return _finished(found.view(samples, -1), ready, None if early else bias)
 
 
 def _coupled(found: Tensor, spectrum: Tensor, samples: int, size: int) -> Tensor:
@@ -90,6 +95,70 @@ def _coupled(found: Tensor, spectrum: Tensor, samples: int, size: int) -> Tensor
     if samples > 1 and size > 1:
         found = found.view(size, samples, -1).transpose(0, 1).contiguous()
     return (spectrum * found.view(samples, 1, *spectrum.shape[1:])).sum(2)
+
+
+def _finished(found: Tensor, ready: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Gates and bias: (N, (1+r)·o·n) -> (N, o·n)."""
+    if GATES in ready:
+        gates = ready[GATES].to(found.dtype)
+        found = gated(found.view(found.shape[0], -1, gates.shape[1]), gates[None], 1)
+    return found if bias is None else found + bias.to(found.dtype)
+
+
+def cyclic_orders(group: Group) -> tuple[int, ...]:
+    """Of a product of cyclic groups of order 3 and more, numbered as residues are, their orders; () of others."""
+    factors = group.factors or (group,)
+    for each in factors:
+        residues = np.arange(each.order)
+        if each.order < 3 or not np.array_equal(each.table, (residues[:, None] + residues) % each.order):
+            return ()
+    return tuple(each.order for each in factors)
+
+
+def prepare_waves(
+    tensors: Mapping[str, Tensor],  # the stored ones
+    orders: tuple[int, ...],  # of the cyclic groups
+) -> dict[str, Tensor]:
+    """Spectra and gates for fast Fourier transforms; nothing where there are none, or too many numbers.
+
+    `few_waves` is ((1+r)·o, i, *orders, 2), the last of the orders halved: the conjugate transforms of kernel and
+    filters, real and imaginary parts; `few_gates` is (r, o·n).
+    """
+    kernel = tensors["kernel"].detach()  # (o, i, n)
+    if not orders or kernel.dim() != 3 or kernel.device.type != "cpu" or kernel.dtype not in WHOLE:
+        return {}
+    found, parts = {}, kernel[None]
+    if "gates" in tensors:
+        found[GATES] = tensors["gates"].detach().transpose(0, 1).flatten(1).contiguous()
+        parts = torch.cat([parts, tensors["filters"].detach().transpose(0, 1)])
+    if 2 * parts.numel() // orders[-1] * (orders[-1] // 2 + 1) > WIDEST:
+        return {}
+    waves = torch.fft.rfftn(parts.reshape(-1, kernel.shape[1], *orders), orders)
+    return found | {WAVES: torch.view_as_real(waves.conj().resolve_conj()).contiguous()}
+
+
+def takes_waves(rows: Tensor, ready: Mapping[str, Tensor]) -> bool:
+    """Whether `fft_rows` is for these inputs: they are few, and nothing follows, counts or converts what is done."""
+    waves = ready.get(WAVES)
+    if waves is None or rows.shape[0] > FFT_ROWS or rows.shape[0] * waves.numel() > WIDEST:
+        return False
+    if type(rows) is not Tensor or rows.dtype is not waves.dtype or not rows.is_cpu:
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+
+
+def fft_rows(
+    rows: Tensor,  # (N, columns)
+    ready: Mapping[str, Tensor],
+    bias: Tensor | None,  # (o·n,)
+) -> Tensor:  # (N, o·n)
+    """The group part applied to few rows by fast Fourier transforms, and the bias added."""
+    waves, samples = torch.view_as_complex(ready[WAVES]), rows.shape[0]
+    given = rows.reshape(samples, 1, waves.shape[1], *waves.shape[2:-1], -1)
+    orders = given.shape[3:]
+    found = (waves * torch.fft.rfftn(given, orders)).sum(2)  # (N, (1+r)·o, *orders')
+    found = torch.fft.irfftn(found, orders).view(samples, -1)
+    return _finished(found, ready, bias)
 
 
 def gated(signals: Tensor, gates: Tensor, axis: int) -> Tensor:

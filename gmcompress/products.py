@@ -22,7 +22,7 @@ from torch import Tensor
 from . import kernels
 from .errors import GMError
 from .factored import Window, factor_conv2d, factor_linear
-from .fewrows import ROWS, SPECTRUM, few_rows, gated, prepare_few
+from .fewrows import ROWS, SPECTRUM, cyclic_orders, few_rows, fft_rows, gated, prepare_few, prepare_waves, takes_waves
 from .fourier import Fourier, Irreducibles, fourier_axes
 from .groups import Group
 from .structure import Structure
@@ -149,10 +149,12 @@ def keep(tensors: Mapping[str, Tensor], structure: Structure) -> Tensors:
     ready = prepare(tensors, structure)
     if structure.group is None:
         return ready
-    first, *others = layout_of(structure.group).combinations
-    if others or first.repeats > 1:
-        return ready
-    return ready | prepare_few(ready, first.counts, first.sizes)
+    layout, factors = layout_of(structure.group), structure.group.factors
+    first, *others = layout.combinations
+    few = {} if others or first.repeats > 1 else prepare_few(ready, first.counts, first.sizes)
+    if few and len(layout.lengths) == 1 and len(factors) > 1:  # one small product in place of transforms of short axes
+        return ready | few
+    return ready | (prepare_waves(tensors, cyclic_orders(structure.group)) or few)
 
 
 def _spectra(tensors: Mapping[str, Tensor], group: Group) -> Tensors:
@@ -278,6 +280,8 @@ def linear(
         single = linear(one, ready, structure, bias, layout=layout)
         return single[:0].reshape(*given.shape[:-1], single.shape[-1])
     rows, shape = given.reshape(-1, given.shape[-1]), (*given.shape[:-1], -1)
+    if not (compiling or interpret) and takes_waves(rows, ready):
+        return _with_factors(fft_rows(rows, ready, bias), rows, ready, structure).view(shape)
     few = not compiling and SPECTRUM in ready and rows.shape[0] <= ROWS
     if few and not (rows.is_cuda or interpret):
         return _few(rows, ready, structure, bias).view(shape)
@@ -292,9 +296,7 @@ def linear(
     sizes = layout.combinations[0].sizes
     fits = (rows.is_cuda or interpret) and kernels.supports(rows, ready, sizes, bias, interpret=interpret) is None
     if fits and (interpret or kernels.pays(rows, ready, sizes, plain)):
-        group = kernels.product(rows, ready, sizes, bias)
-        whole = group + factor_linear(rows, ready, structure) if "left" in ready else group
-        return whole.reshape(shape)
+        return _with_factors(kernels.product(rows, ready, sizes, bias), rows, ready, structure).reshape(shape)
     widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
     pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
     found = [plain(each, ready) for each in pieces]
@@ -305,7 +307,13 @@ def _few(
     rows: Tensor, ready: Mapping[str, Tensor], structure: Structure, bias: Tensor | None
 ) -> Tensor:  # (N, columns) -> (N, rows)
     """The product of few inputs, on the shortest way."""
-    found = few_rows(rows, ready, bias)
+    return _with_factors(few_rows(rows, ready, bias), rows, ready, structure)
+
+
+def _with_factors(
+    found: Tensor, rows: Tensor, ready: Mapping[str, Tensor], structure: Structure
+) -> Tensor:  # (N, rows), (N, columns) -> (N, rows)
+    """The product of the group part, and that of a low-rank residual added."""
     return found + factor_linear(rows, ready, structure) if "left" in ready else found
 
 

@@ -134,7 +134,7 @@ def test_states_of_torch_without_a_kernel():
 
 @TRITON
 def test_few_rows_take_the_kernel_too(monkeypatch):
-    structure = Structure.parse("C8")
+    structure = Structure.parse("C2^3")
     ready = keep({name: torch.ones(size) for name, size in structure.shapes((16, 8)).items()}, structure)
     assert SPECTRUM in ready
     launched = []

@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import assert_close, must_fail
 from market import STRUCTURES, random_tensors, slow_expand
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gmcompress import GMLinear, freeze
 from gmcompress.costs import multiply_adds
 from gmcompress.factored import Window
-from gmcompress.fewrows import LARGEST, ROWS, SPECTRUM
+from gmcompress.fewrows import FFT_ROWS, LARGEST, ROWS, SPECTRUM, WAVES, cyclic_orders, takes_waves
 from gmcompress.products import conv2d, keep, linear, prepare, why_slow
 from gmcompress.structure import Structure, expand
 
@@ -47,7 +48,7 @@ def assert_linear(tensors: dict[str, Tensor], weight: Tensor, text: str, rows: i
 
 
 @LINEAR
-@pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1, 9])
+@pytest.mark.parametrize("rows", [1, ROWS, FFT_ROWS, FFT_ROWS + 1])
 def test_linear(text, shape, rows):
     structure = Structure.parse(text)
     tensors = tensors_of(structure, shape)
@@ -57,20 +58,70 @@ def test_linear(text, shape, rows):
 @pytest.mark.parametrize(
     ("text", "shape", "helps"),
     [
-        ("C32xC32", (1024, 2048), True),
-        ("C2xC2xC2+displacement:1", (8, 16), True),
-        ("D4", (8, 8), False),  # irreducibles of two kinds
-        ("C2", (1024, 1024), False),  # more than LARGEST
+        ("C32xC32", (1024, 2048), WAVES),
+        ("C5+displacement:1", (10, 15), WAVES),
+        ("C4xC4+displacement:1", (32, 16), SPECTRUM),  # one small product in place of two transforms
+        ("C2xC2xC2+displacement:1", (8, 16), SPECTRUM),
+        ("C2xC64", (128, 256), SPECTRUM),
+        ("D4", (8, 8), None),  # irreducibles of two kinds
+        ("C2", (1024, 1024), None),  # more than LARGEST
+        ("C3", (3 * 640, 3 * 640), None),  # more than WIDEST
     ],
 )
 def test_what_is_kept_for_few_rows(text, shape, helps):
     structure = Structure.parse(text)
     kept = keep(tensors_of(structure, shape), structure)
-    assert (SPECTRUM in kept) == helps
-    assert not helps or kept[SPECTRUM].numel() == kept["spectrum0"].numel() <= LARGEST
+    assert [name for name in (SPECTRUM, WAVES) if name in kept] == ([helps] if helps else [])
+    if helps == SPECTRUM:
+        assert kept[SPECTRUM].numel() == kept["spectrum0"].numel() <= LARGEST
     for rows in (0, 1):
         found = linear(torch.ones(rows, shape[1], dtype=torch.float64), kept, structure)
         assert found.shape == (rows, shape[0])
+
+
+def test_groups_that_fast_fourier_transforms_know():
+    orders = {text: cyclic_orders(Structure.parse(text).acting) for text in ("C12", "C4xC5xC3", "C2xC8", "D4", "S3xC4")}
+    assert orders == {"C12": (12,), "C4xC5xC3": (4, 5, 3), "C2xC8": (), "D4": (), "S3xC4": ()}
+
+
+def test_which_inputs_take_fast_fourier_transforms(monkeypatch):
+    structure = Structure.parse("C8")
+    ready = keep(tensors_of(structure, (16, 8), torch.float32), structure)
+    x = torch.ones(FFT_ROWS + 1, 8)
+    assert [takes_waves(x[:rows], ready) for rows in (1, FFT_ROWS, FFT_ROWS + 1)] == [True, True, False]
+    assert not takes_waves(x[:1].double(), ready)
+    assert not takes_waves(nn.Parameter(x[:1]), ready)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not takes_waves(x[:1], ready)
+    with FlopCounterMode(display=False) as counter:
+        linear(x[:1], ready, structure)
+    assert counter.get_total_flops() == 2 * multiply_adds(structure, (16, 8), (1,))
+    with pytest.raises(RuntimeError):  # as torch's own
+        linear(x[:1].double(), ready, structure)
+    monkeypatch.setattr("gmcompress.fewrows.WIDEST", 2 * ready[WAVES].numel())
+    assert [takes_waves(x[:rows], ready) for rows in (2, 3)] == [True, False]
+    assert WAVES not in keep(tensors_of(structure, (16, 32), torch.float32), structure)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("text", ["C5+displacement:1", "C8xC9"])
+def test_fast_fourier_transforms_are_followed_by_torch(text):
+    structure = Structure.parse(text)
+    layer = GMLinear(structure.acting.order, 2 * structure.acting.order, structure).double().eval()
+    for part in layer.parameters():
+        nn.init.normal_(part)
+    x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
+    plain, frozen = layer.dense(), freeze(layer, "structured")
+    assert takes_waves(x[:1], frozen._ready(x))
+    assert_close(frozen(x), plain(x))
+    (wanted,) = torch.autograd.grad(plain(x).square().sum(), x)
+    (found,) = torch.autograd.grad(frozen(x).square().sum(), x)
+    assert_close(found, wanted)
+    assert_close(torch.vmap(frozen)(x), plain(x))
+    traced = torch.jit.trace(frozen, x[:1].detach(), check_trace=False)
+    assert "complex" not in str(traced.inlined_graph).lower()
+    assert_close(traced(x[:1]), plain(x[:1]))
+    assert_close(torch.func.jvp(frozen, (x,), (x,))[1], plain(x) - plain.bias)
 
 
 @pytest.mark.parametrize("text", ["C8", "D4", "lowrank:2", "adapted:2:2x2", "C4+displacement:1+lowrank:1"])
