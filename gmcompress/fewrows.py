@@ -22,7 +22,7 @@ from torch import Tensor
 from .groups import Group
 
 ROWS = 4  # inputs, at most: with more, matrix products are faster
-FFT_ROWS = 8
+FFT_ROWS = 8  # with fast Fourier transforms
 WIDEST = 3 << 19  # numbers in the product of all spectra with all inputs' coefficients, at most: memory, and time
 LARGEST = 1 << 18  # entries of the spectra, at most: larger ones do not stay in the cache, and time is that of reading
 WHOLE = (torch.float32, torch.float64)
