@@ -137,10 +137,15 @@ def prepare_waves(
     return found | {WAVES: torch.view_as_real(waves.conj().resolve_conj()).contiguous()}
 
 
-def takes_waves(rows: Tensor, ready: Mapping[str, Tensor]) -> bool:
-    """Whether `fft_rows` is for these inputs: they are few, and nothing follows, counts or converts what is done."""
+def takes_waves(rows: Tensor, ready: Mapping[str, Tensor], order: int) -> bool:
+    """Whether `fft_rows` is for these inputs: they are few, and nothing follows, counts or converts what is done.
+
+    `order` is that of the group. Inputs of a width that is not the layer's are left to what refuses them.
+    """
     waves = ready.get(WAVES)
     if waves is None or rows.shape[0] > FFT_ROWS or rows.shape[0] * waves.numel() > WIDEST:
+        return False
+    if rows.shape[1] != waves.shape[1] * order:
         return False
     if type(rows) is not Tensor or rows.dtype is not waves.dtype or not rows.is_cpu:
         return False

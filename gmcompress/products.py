@@ -3,7 +3,7 @@
 A block of group matrices is applied as: the inputs' real Fourier transform, one matrix product (or convolution) for
 every irreducible representation, and the transform back. Residuals of displacement rank share both transforms; low
 ranks and adapted bases are input basis, coupling, output basis. There are no complex numbers, so that everything runs
-in half precision, under autocast, and exports.
+in half precision, under autocast, and exports; only what `fewrows` does for few inputs on the CPU may use them.
 """
 
 from __future__ import annotations
@@ -280,7 +280,8 @@ def linear(
         single = linear(one, ready, structure, bias, layout=layout)
         return single[:0].reshape(*given.shape[:-1], single.shape[-1])
     rows, shape = given.reshape(-1, given.shape[-1]), (*given.shape[:-1], -1)
-    if not (compiling or interpret) and takes_waves(rows, ready):
+    order = 1 if structure.group is None else structure.group.order
+    if not (compiling or interpret) and takes_waves(rows, ready, order):
         return _with_factors(fft_rows(rows, ready, bias), rows, ready, structure).view(shape)
     few = not compiling and SPECTRUM in ready and rows.shape[0] <= ROWS
     if few and not (rows.is_cuda or interpret):
@@ -297,7 +298,7 @@ def linear(
     fits = (rows.is_cuda or interpret) and kernels.supports(rows, ready, sizes, bias, interpret=interpret) is None
     if fits and (interpret or kernels.pays(rows, ready, sizes, plain)):
         return _with_factors(kernels.product(rows, ready, sizes, bias), rows, ready, structure).reshape(shape)
-    widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
+    widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * order)
     pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
     found = [plain(each, ready) for each in pieces]
     return (found[0] if len(found) == 1 else torch.cat(found)).reshape(shape)

@@ -88,19 +88,29 @@ def test_which_inputs_take_fast_fourier_transforms(monkeypatch):
     structure = Structure.parse("C8")
     ready = keep(tensors_of(structure, (16, 8), torch.float32), structure)
     x = torch.ones(FFT_ROWS + 1, 8)
-    assert [takes_waves(x[:rows], ready) for rows in (1, FFT_ROWS, FFT_ROWS + 1)] == [True, True, False]
-    assert not takes_waves(x[:1].double(), ready)
-    assert not takes_waves(nn.Parameter(x[:1]), ready)
+    assert [takes_waves(x[:rows], ready, 8) for rows in (1, FFT_ROWS, FFT_ROWS + 1)] == [True, True, False]
+    assert not takes_waves(x[:1].double(), ready, 8)
+    assert not takes_waves(nn.Parameter(x[:1]), ready, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not takes_waves(x[:1], ready)
+        assert not takes_waves(x[:1], ready, 8)
     with FlopCounterMode(display=False) as counter:
         linear(x[:1], ready, structure)
     assert counter.get_total_flops() == 2 * multiply_adds(structure, (16, 8), (1,))
     with pytest.raises(RuntimeError):  # as torch's own
         linear(x[:1].double(), ready, structure)
     monkeypatch.setattr("gmcompress.fewrows.WIDEST", 2 * ready[WAVES].numel())
-    assert [takes_waves(x[:rows], ready) for rows in (2, 3)] == [True, False]
+    assert [takes_waves(x[:rows], ready, 8) for rows in (2, 3)] == [True, False]
     assert WAVES not in keep(tensors_of(structure, (16, 32), torch.float32), structure)
+
+
+@pytest.mark.parametrize("text", ["C32xC32", "C4", "C4xC4", "C2^3", "C3+displacement:1"])
+def test_inputs_of_another_width_are_refused(text):
+    structure = Structure.parse(text)
+    n = structure.acting.order
+    layer = freeze(GMLinear(4 * n, 2 * n, structure, bias=False).eval(), "structured")
+    for width in (4, 2 * n, 4 * (n + 1), 4 * n - 1, 8 * n):
+        with pytest.raises(RuntimeError):
+            layer(torch.ones(1, width))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -112,7 +122,7 @@ def test_fast_fourier_transforms_are_followed_by_torch(text):
         nn.init.normal_(part)
     x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
     plain, frozen = layer.dense(), freeze(layer, "structured")
-    assert takes_waves(x[:1], frozen._ready(x))
+    assert takes_waves(x[:1].detach(), frozen._ready(x), structure.acting.order)
     assert_close(frozen(x), plain(x))
     (wanted,) = torch.autograd.grad(plain(x).square().sum(), x)
     (found,) = torch.autograd.grad(frozen(x).square().sum(), x)
