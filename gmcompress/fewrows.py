@@ -87,7 +87,7 @@ def few_rows(
         if samples > 1:
             found = found.view(samples, size, -1).transpose(0, 1).contiguous()
         found = torch.addbmm(start, found.view(size, -1, wide), second, beta=int(early))
-    return _finished(found.view(samples, -1), ready, None if early else bias)
+    return _finished(found.view(samples, -1), ready.get(GATES), None if early else bias)
 
 
 def _coupled(found: Tensor, spectrum: Tensor, samples: int, size: int) -> Tensor:
@@ -97,12 +97,13 @@ def _coupled(found: Tensor, spectrum: Tensor, samples: int, size: int) -> Tensor
     return (spectrum * found.view(samples, 1, *spectrum.shape[1:])).sum(2)
 
 
-def _finished(found: Tensor, ready: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+def _finished(found: Tensor, gates: Tensor | None, bias: Tensor | None) -> Tensor:
     """Gates and bias: (N, (1+r)·o·n) -> (N, o·n)."""
-    if GATES in ready:
-        gates = ready[GATES].to(found.dtype)
-        found = gated(found.view(found.shape[0], -1, gates.shape[1]), gates[None], 1)
-    return found if bias is None else found + bias.to(found.dtype)
+    if gates is not None:
+        found = gated(found.view(found.shape[0], -1, gates.shape[1]), gates[None].to(found.dtype), 1)
+    if bias is None:
+        return found
+    return found + (bias if bias.dtype is found.dtype else bias.to(found.dtype))
 
 
 def cyclic_orders(group: Group) -> tuple[int, ...]:
@@ -137,33 +138,30 @@ def prepare_waves(
     return found | {WAVES: torch.view_as_real(waves.conj().resolve_conj()).contiguous()}
 
 
-def takes_waves(rows: Tensor, ready: Mapping[str, Tensor], order: int) -> bool:
-    """Whether `fft_rows` is for these inputs: they are few, and nothing follows, counts or converts what is done.
+class Waves:
+    """The group part applied to few inputs by fast Fourier transforms, and the bias added."""
 
-    `order` is that of the group. Inputs of a width that is not the layer's are left to what refuses them.
-    """
-    waves = ready.get(WAVES)
-    if waves is None or rows.shape[0] > FFT_ROWS or rows.shape[0] * waves.numel() > WIDEST:
-        return False
-    if rows.shape[1] != waves.shape[1] * order:
-        return False
-    if type(rows) is not Tensor or rows.dtype is not waves.dtype or not rows.is_cpu:
-        return False
-    return not (torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+    __slots__ = ("_apart", "_gates", "_orders", "_waves", "most")
 
+    def __init__(
+        self,
+        ready: Mapping[str, Tensor],  # what `prepare_waves` made
+        columns: int,  # of the weight
+    ) -> None:
+        self._waves, self._gates = torch.view_as_complex(ready[WAVES]), ready.get(GATES)
+        _, blocks, *orders, _ = self._waves.shape
+        self._orders = (*orders, columns // (blocks * prod(orders)))
+        self._apart = (-1, 1, blocks, *self._orders)
+        self.most = min(FFT_ROWS, WIDEST // ready[WAVES].numel())  # inputs
 
-def fft_rows(
-    rows: Tensor,  # (N, columns)
-    ready: Mapping[str, Tensor],
-    bias: Tensor | None,  # (o·n,)
-) -> Tensor:  # (N, o·n)
-    """The group part applied to few rows by fast Fourier transforms, and the bias added."""
-    waves, samples = torch.view_as_complex(ready[WAVES]), rows.shape[0]
-    given = rows.reshape(samples, 1, waves.shape[1], *waves.shape[2:-1], -1)
-    orders = given.shape[3:]
-    found = (waves * torch.fft.rfftn(given, orders)).sum(2)  # (N, (1+r)·o, *orders')
-    found = torch.fft.irfftn(found, orders).view(samples, -1)
-    return _finished(found, ready, bias)
+    def __call__(
+        self,
+        rows: Tensor,  # (N, columns)
+        bias: Tensor | None,  # (o·n,)
+    ) -> Tensor:  # (N, o·n)
+        found = (self._waves * torch.fft.rfftn(rows.reshape(self._apart), self._orders)).sum(2)
+        found = torch.fft.irfftn(found, self._orders).view(len(rows), -1)  # (N, (1+r)·o·n)
+        return _finished(found, self._gates, bias)
 
 
 def gated(signals: Tensor, gates: Tensor, axis: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import kernels
 from .errors import GMError
 from .factored import Window, factor_conv2d, factor_linear
-from .fewrows import ROWS, SPECTRUM, cyclic_orders, few_rows, fft_rows, gated, prepare_few, prepare_waves, takes_waves
+from .fewrows import ROWS, SPECTRUM, cyclic_orders, few_rows, gated, prepare_few, prepare_waves
 from .fourier import Fourier, Irreducibles, fourier_axes
 from .groups import Group
 from .structure import Structure
@@ -281,8 +281,6 @@ def linear(
         return single[:0].reshape(*given.shape[:-1], single.shape[-1])
     rows, shape = given.reshape(-1, given.shape[-1]), (*given.shape[:-1], -1)
     order = 1 if structure.group is None else structure.group.order
-    if not (compiling or interpret) and takes_waves(rows, ready, order):
-        return _with_factors(fft_rows(rows, ready, bias), rows, ready, structure).view(shape)
     few = not compiling and SPECTRUM in ready and rows.shape[0] <= ROWS
     if few and not (rows.is_cuda or interpret):
         return _few(rows, ready, structure, bias).view(shape)

@@ -17,7 +17,7 @@ FLOORS = (
     ("structure", "surgery", "checkpoints", "budgets", "knapsack", "notes", "spectra", "kernels", "siren", "motions"),
     ("factors", "factored", "selection", "batches", "plain", "rules", "separation", "stencils", "moments"),
     ("calibration", "lowranks"),
-    ("products",),
+    ("products", "shortcut"),
     ("costs",),
     ("fitting", "layers", "groupconv", "lattice", "lieconv", "subjects"),
     ("projection", "attaching", "pooling", "homogeneous", "separables", "adapted"),

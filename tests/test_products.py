@@ -1,5 +1,8 @@
 """The fast product against the dense product with the computed weight, for every structure of the market."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from gmcompress import GMLinear, freeze
 from gmcompress.costs import multiply_adds
 from gmcompress.factored import Window
-from gmcompress.fewrows import FFT_ROWS, LARGEST, ROWS, SPECTRUM, WAVES, cyclic_orders, takes_waves
+from gmcompress.fewrows import FFT_ROWS, LARGEST, ROWS, SPECTRUM, WAVES, cyclic_orders
 from gmcompress.products import conv2d, keep, linear, prepare, why_slow
+from gmcompress.shortcut import Shortcut
 from gmcompress.structure import Structure, expand
 
 LARGER = [
@@ -38,6 +42,11 @@ def tensors_of(structure: Structure, shape: tuple[int, ...], dtype: torch.dtype 
     return {name: each.to(dtype) for name, each in made.items()}
 
 
+def shortcut_of(tensors: dict[str, Tensor], structure: Structure, columns: int) -> Shortcut:
+    stored = {name: nn.Parameter(each) for name, each in tensors.items()}
+    return Shortcut(stored, keep(stored, structure), structure, columns)
+
+
 def assert_linear(tensors: dict[str, Tensor], weight: Tensor, text: str, rows: int) -> None:
     structure = Structure.parse(text)
     x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -45,6 +54,10 @@ def assert_linear(tensors: dict[str, Tensor], weight: Tensor, text: str, rows: i
     for make in (prepare, keep):
         assert_close(linear(x, make(tensors, structure), structure, bias), x @ weight.T + bias)
     assert linear(x[:, None], keep(tensors, structure), structure, bias).shape == (rows, 1, weight.shape[0])
+    shortcut = shortcut_of(tensors, structure, weight.shape[1])
+    for each in (None, bias):
+        if (found := shortcut.product(x[:, None], each)) is not None:
+            assert_close(found[:, 0], x @ weight.T + (0 if each is None else bias))
 
 
 @LINEAR
@@ -84,23 +97,81 @@ def test_groups_that_fast_fourier_transforms_know():
     assert orders == {"C12": (12,), "C4xC5xC3": (4, 5, 3), "C2xC8": (), "D4": (), "S3xC4": ()}
 
 
-def test_which_inputs_take_fast_fourier_transforms(monkeypatch):
-    structure = Structure.parse("C8")
-    ready = keep(tensors_of(structure, (16, 8), torch.float32), structure)
-    x = torch.ones(FFT_ROWS + 1, 8)
-    assert [takes_waves(x[:rows], ready, 8) for rows in (1, FFT_ROWS, FFT_ROWS + 1)] == [True, True, False]
-    assert not takes_waves(x[:1].double(), ready, 8)
-    assert not takes_waves(nn.Parameter(x[:1]), ready, 8)
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [("C8", FFT_ROWS), ("C2^3+displacement:1", ROWS), ("C8+lowrank:1", FFT_ROWS), ("lowrank:2", 99), ("D4", 0)],
+)
+def test_which_inputs_take_the_shortcut(text, most):
+    structure = Structure.parse(text)
+    tensors = tensors_of(structure, (16, 8), torch.float32)
+    shortcut, weight = shortcut_of(tensors, structure, 8), expand(tensors, structure, (16, 8))
+    x = torch.ones(99, 8)
+    for rows in (0, 1, ROWS, ROWS + 1, FFT_ROWS, FFT_ROWS + 1, 99):
+        found = shortcut.product(x[:rows], None)
+        assert (found is not None) == (0 < rows <= most)
+        if found is not None:
+            assert_close(found, x[:rows] @ weight.T)
+    others = [x[:1].double(), nn.Parameter(x[:1]), x[:1, :7], x[:2].to_sparse(), torch.tensor(1.0), x[:1].to("meta")]
+    assert [shortcut.product(each, None) for each in others] == [None] * len(others)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not takes_waves(x[:1], ready, 8)
-    with FlopCounterMode(display=False) as counter:
-        linear(x[:1], ready, structure)
-    assert counter.get_total_flops() == 2 * multiply_adds(structure, (16, 8), (1,))
+        assert shortcut.product(x[:1], None) is None
+    with FlopCounterMode(display=False):
+        assert shortcut.product(x[:1], None) is None
     with pytest.raises(RuntimeError):  # as torch's own
-        linear(x[:1].double(), ready, structure)
-    monkeypatch.setattr("gmcompress.fewrows.WIDEST", 2 * ready[WAVES].numel())
-    assert [takes_waves(x[:rows], ready, 8) for rows in (2, 3)] == [True, False]
+        linear(x[:1].double(), keep(tensors, structure), structure)
+
+
+def test_products_of_many_numbers_take_no_fast_fourier_transforms(monkeypatch):
+    structure, x = Structure.parse("C8"), torch.ones(3, 8)
+    tensors = tensors_of(structure, (16, 8), torch.float32)
+    monkeypatch.setattr("gmcompress.fewrows.WIDEST", 2 * keep(tensors, structure)[WAVES].numel())
+    assert [shortcut_of(tensors, structure, 8).product(x[:rows], None) is None for rows in (2, 3)] == [False, True]
     assert WAVES not in keep(tensors_of(structure, (16, 32), torch.float32), structure)
+
+
+def test_multiply_adds_of_few_inputs_are_counted_on_the_way_of_matrix_products():
+    layer = freeze(GMLinear(8, 16, "C8", bias=False).eval(), "structured")
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.ones(1, 8))
+    assert counter.get_total_flops() == 2 * multiply_adds(layer.structure, (16, 8), (1,))
+
+
+@pytest.mark.parametrize("text", ["C3xC5", "C2^2+displacement:1", "C4+lowrank:1", "lowrank:2"])
+def test_a_shortcut_follows_its_layer(text):
+    def assert_right(layer: nn.Module, *, short: bool = True) -> None:
+        assert_close(layer(x), layer.dense()(x))
+        assert layer._shortcut.is_outdated(layer._parameters) is not short
+
+    structure = Structure.parse(text)
+    n = 2 * (1 if structure.group is None else structure.acting.order)
+    layer = GMLinear(n, n, structure).double().eval()
+    x = torch.randn(1, n, dtype=torch.float64)
+    layer.freeze_("structured")
+    assert_right(layer)
+    for part in layer.parameters():
+        nn.init.normal_(part)
+    assert_right(layer)
+    assert_right(copy.deepcopy(layer))
+    assert_right(pickle.loads(pickle.dumps(layer)))
+    layer.load_state_dict({name: each + 1 for name, each in layer.state_dict().items()})
+    assert_right(layer)
+    layer.train()
+    assert_right(layer, short=False)
+    layer.eval()
+    others = {name: each + 1 for name, each in layer.state_dict().items()}
+    before, wanted = layer(x), copy.deepcopy(layer)
+    wanted.load_state_dict(others)
+    assert_close(torch.func.functional_call(layer, others, x), wanted(x))
+    assert torch.equal(layer(x), before)
+    with torch.inference_mode():
+        inner = copy.deepcopy(layer)
+        assert inner.bias.is_inference()
+        assert_close(inner(x), before)
+    name = next(iter(layer.parts()))
+    setattr(layer, name, nn.Parameter(getattr(layer, name) * 2))
+    assert_right(layer)
+    layer.thaw_()
+    assert layer._shortcut is None
 
 
 @pytest.mark.parametrize("text", ["C32xC32", "C4", "C4xC4", "C2^3", "C3+displacement:1"])
@@ -122,7 +193,7 @@ def test_fast_fourier_transforms_are_followed_by_torch(text):
         nn.init.normal_(part)
     x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
     plain, frozen = layer.dense(), freeze(layer, "structured")
-    assert takes_waves(x[:1].detach(), frozen._ready(x), structure.acting.order)
+    assert frozen._shortcut.product(x, None) is not None
     assert_close(frozen(x), plain(x))
     (wanted,) = torch.autograd.grad(plain(x).square().sum(), x)
     (found,) = torch.autograd.grad(frozen(x).square().sum(), x)

@@ -19,6 +19,7 @@ from ..nesting import is_plain
 from ..products import Layout, keep, layout_of, prepare, why_slow
 from ..readonly import check_assigned, check_registered, read_only
 from ..sharing import SharingModule
+from ..shortcut import Shortcut
 from ..structure import Structure, expand
 from .labels import label_table
 
@@ -75,6 +76,7 @@ class GMLayer(SharingModule):
         self.layout: Layout | None = None
         self._stamp: tuple[tuple[int, int], ...] | None = None  # of the tensors that the kept buffers are made of
         self._names: tuple[tuple[str, str], ...] = ()  # of what is kept, and of its buffers
+        self._shortcut: Shortcut | None = None  # past all that is the same at every call with few inputs
         shapes = structure.shapes(shape)
         for part in self.PARTS:
             stored = nn.Parameter(torch.empty(shapes[part], device=device, dtype=dtype)) if part in shapes else None
@@ -200,8 +202,12 @@ class GMLayer(SharingModule):
                     self.register_buffer(READY + name, tensor.detach(), persistent=False)
             if path == "structured" and self.structure.group is not None:
                 self.layout = layout_of(self.structure.group)
-        self._names = tuple((each[len(READY) :], each) for each in self._buffers if each.startswith(READY))
+            self._names = tuple((each[len(READY) :], each) for each in self._buffers if each.startswith(READY))
+            self._shortcut = self._shorten() if path == "structured" else None
         self.path, self.verdict, self._stamp = path, verdict, _stamps(self._stored())
+
+    def _shorten(self) -> Shortcut | None:
+        """The shortest way of the fast product from what is kept, where there is one."""
 
     def train(self, mode: bool = True) -> Any:
         """What is kept is made anew after training: not all that trains, as fused optimizers, leaves a sign of it."""
@@ -218,13 +224,15 @@ class GMLayer(SharingModule):
         """Have what a frozen layer keeps made anew at its next call."""
         if self._stamp is not None:
             self._stamp = ()
+        if self._shortcut is not None:
+            self._shortcut = Shortcut()
 
     def thaw_(self) -> None:
         """Undo `freeze_`: the weight is computed at every call."""
         for name in [each for each in self._buffers if each.startswith(READY)]:
             delattr(self, name)
         self._names = ()
-        self.path, self.verdict, self._stamp = "dense", None, None
+        self.path, self.verdict, self._stamp, self._shortcut = "dense", None, None, None
 
     @property
     def is_frozen(self) -> bool:
@@ -267,6 +275,10 @@ class GMLayer(SharingModule):
                 return None
             if self._stamp != _stamps(stored):
                 self.freeze_(self.path, self.verdict)
+        return self._held()
+
+    def _held(self) -> dict[str, Tensor]:
+        """The kept buffers by name."""
         return {name: self._buffers[buffer] for name, buffer in self._names}  # type: ignore[misc]
 
     def takes_fast_product(self, given: Tensor) -> bool:
@@ -309,10 +321,11 @@ class GMLayer(SharingModule):
         kept = self._kept()
         if kept is None:  # a compiler, which follows no step of what is to be prepared, gets the dense weight
             return None if torch.compiler.is_compiling() else prepare(self._operands(), self.structure)
-        for name in STORED_READY:
-            if (part := self._parameters.get(name)) is not None:
-                kept[name] = part
-        return kept
+        return kept | self._taken()
+
+    def _taken(self) -> dict[str, Tensor]:
+        """The stored tensors that the fast product takes as they are."""
+        return {name: part for name in STORED_READY if (part := self._parameters.get(name)) is not None}
 
     def _dense(self) -> Tensor:
         """The computed weight, kept or made."""
@@ -327,7 +340,7 @@ class GMLayer(SharingModule):
 
 def filled(empty: nn.Module, layer: GMLayer) -> nn.Module:
     """The plain layer with weight, bias and flags of a structured one, and with what else was set on it."""
-    own = {*vars(empty), "structure", "weight_shape", "path", "verdict", "layout", "_stamp"}
+    own = {*vars(empty), "structure", "weight_shape", "path", "verdict", "layout", "_stamp", "_names", "_shortcut"}
     vars(empty).update({key: each for key, each in vars(layer).items() if key not in own})
     empty.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.trains)
     if layer.bias is not None:

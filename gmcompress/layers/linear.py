@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..groups import Group
 from ..products import linear
+from ..shortcut import Shortcut
 from ..structure import Structure
 from .base import GMLayer, filled
 
@@ -52,11 +53,29 @@ class GMLinear(GMLayer, nn.Linear):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:  # (*batch, in_features) -> (*batch, out_features)
         """x W(kernel, ...)ᵀ + bias."""
+        if not torch.compiler.is_compiling() and (found := self._shortened(input)) is not None:
+            return found
         ready = self._ready(input)
         if ready is not None:
             found = linear(input, ready, self.structure, self.bias, layout=self.layout)
             return found.contiguous()  # as torch's own, so that it can be viewed
         return F.linear(input, self._dense(), self.bias)
+
+    def _shortened(self, given: Tensor) -> Tensor | None:
+        """The outputs on the shortest way, where there is one for this input."""
+        shortcut, own = self._shortcut, self._parameters
+        if shortcut is None or self.training:
+            return None
+        if shortcut.is_outdated(own):
+            self._kept()
+            shortcut = self._shortcut
+            if shortcut is None or shortcut.is_outdated(own):  # the layer has other tensors for this call
+                return None
+        bias = own.get("bias")
+        return shortcut.product(given, self.bias if bias is None else bias)
+
+    def _shorten(self) -> Shortcut:
+        return Shortcut(self.parts(), self._held() | self._taken(), self.structure, self.in_features)
 
     def _moves(self, given: Tensor) -> tuple[tuple[int, ...], None, int] | None:
         if not given.dim() or not given.numel() or given.shape[-1] != self.in_features:
