@@ -86,7 +86,7 @@ def speed_lines(rows: Iterable[Row], *, models: bool) -> list[str]:
             layers = f"{row['structured']} of {row['layers']}"
             cells = [percent(row["kept"], 1), f"{dense:.0f}", f"{ours:.0f}", f"{row['speedup']:.2f}", layers]
         else:
-            cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}"]
+            cells = [f"{dense:.3g}", f"{ours:.3g}", f"{row['speedup']:.1f}", f"{row['speedup_single']:.1f}"]
         lines.append(line(row["what"], row["batch"], *cells))
     return lines
 
