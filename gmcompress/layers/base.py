@@ -325,7 +325,8 @@ class GMLayer(SharingModule):
 
     def _taken(self) -> dict[str, Tensor]:
         """The stored tensors that the fast product takes as they are."""
-        return {name: part for name in STORED_READY if (part := self._parameters.get(name)) is not None}
+        own = self._parameters
+        return {name: own[name] for name in STORED_READY if own.get(name) is not None}  # type: ignore[misc]
 
     def _dense(self) -> Tensor:
         """The computed weight, kept or made."""
