@@ -76,6 +76,7 @@ def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
     inputs = torch.randn(1, *size) if options.inputs else None
     data = torch.randn(options.samples, *size).split(BATCH) if options.samples else None
     how = {"rank": options.rank} if options.budget is None else {"budget": options.budget, "data": data}
+    how |= {} if options.budget is None else {"effort": options.effort}
     before = peak_gigabytes()
     start = time.perf_counter()
     result = gm.compress(model, group=options.group, inputs=inputs, **how)
@@ -85,6 +86,7 @@ def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "group": options.group,
         "rank": options.rank if options.budget is None else None,
         "budget": options.budget,
+        "effort": options.effort,
         "samples": options.samples,
         "inputs": options.inputs,
         "seconds": round(seconds, 2),
@@ -107,6 +109,7 @@ def in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     given += ["--inputs"] * options.inputs
     if options.budget is not None:
         given += ["--budget", options.budget, "--samples", str(options.samples)]
+        given += ["--effort", str(options.effort)] * (options.effort != 1)
     command = [sys.executable, str(Path(__file__).resolve()), "--models", name, *given, "--here"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     row = json.loads(done.stdout.splitlines()[-1])
@@ -188,6 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--budget", help="a share of the parameters in place of one structure for all layers")
     parser.add_argument("--samples", type=int, default=0, help="random images that a budget is calibrated on")
+    parser.add_argument("--effort", type=float, default=1.0, help="of planning and fits under a budget, of the usual")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="rows are appended to this file")
     parser.add_argument("--here", action="store_true", help="measure one model in this process and print its row")

@@ -95,14 +95,36 @@ def _leading_values(gram: Tensor, rank: int) -> Tensor | None:  # (b, n, n), on 
 def gram_matrix(rows: Tensor) -> Tensor:  # (*b, n, m) -> (*b, m, m)
     """XᵀX. Where it is large only what lies on and above the diagonal is multiplied, block row by block row."""
     m = rows.shape[-1]
-    if m < PIECES * ALL:
+    if len(_block_rows(m)) == 1:
         return rows.mT @ rows
-    found = rows.new_empty(*rows.shape[:-2], m, m)
-    for start in range(0, m, -(-m // PIECES)):
-        end = min(start + -(-m // PIECES), m)
-        found[..., start:end, start:] = rows[..., start:end].mT @ rows[..., start:]
-        found[..., end:, start:end] = found[..., start:end, end:].mT
-    return found
+    found = rows.new_zeros(*rows.shape[:-2], m, m)
+    add_gram_(found, rows)
+    return mirrored_(found)
+
+
+def add_gram_(total: Tensor, rows: Tensor) -> None:  # (*b, m, m), (*b, n, m)
+    """Add XᵀX to a matrix, which is `mirrored_` when all are added. None of its size is made besides."""
+    for start, end in _block_rows(rows.shape[-1]):
+        total[..., start:end, start:].add_(rows[..., start:end].mT @ rows[..., start:])
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:  # (*b, m, k), (*b, n, m), (*b, n, k)
+    """Add LᵀR to a matrix, where it is large without another of its size."""
+    for start, end in _block_rows(left.shape[-1]):
+        total[..., start:end, :].add_(left[..., start:end].mT @ right)
+
+
+def mirrored_(total: Tensor) -> Tensor:  # (*b, m, m)
+    """What `add_gram_` left out, below the diagonal, copied from above it."""
+    for start, end in _block_rows(total.shape[-1]):
+        total[..., end:, start:end] = total[..., start:end, end:].mT
+    return total
+
+
+def _block_rows(m: int) -> list[tuple[int, int]]:
+    """Where the block rows of an (m, m) matrix begin and end: one of them where it is small."""
+    step = m if m < PIECES * ALL else -(-m // PIECES)
+    return [(start, min(start + step, m)) for start in range(0, m, max(1, step))]
 
 
 def small_gram(matrix: Tensor) -> Tensor:  # (*b, n, m) -> (b, n, n) or (b, m, m), whichever is smaller

@@ -18,7 +18,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # one inside of vma
 
 from .forward import Inputs, run_seeded
 from .kinds import conv_groups
-from .linalg import cholesky, gram_matrix
+from .linalg import add_gram_, add_product_, cholesky, gram_matrix, mirrored_
 
 POSITIONS = 120  # input vectors per dimension of a moment, beyond which positions are drawn at random
 WORK = 5e10  # multiply-adds of the sums of one layer, beyond which they are drawn too, but for
@@ -241,16 +241,28 @@ class _Sums:
                 self.origin = own.mean(1, keepdim=True)
             own = own - self.origin
             other = own if t is x else t.transpose(0, 1).float() - self.origin
-            weighed = weights * own
-            found = [gram_matrix(weights.sqrt() * own), weighed.sum(1), (weights * other).sum(1)]
-            if self.crossed:
-                found.append(found[0] if t is x else other.mT @ weighed)
             if not self.sums[half]:
-                self.sums[half] = [torch.zeros_like(each, dtype=torch.float64) for each in found]
-            for total, each in zip(self.sums[half], found, strict=True):
-                total.add_(each)
+                self.sums[half] = self._zeros(own)
+            means, products = self.sums[half][:2], self.sums[half][2:]
+            for total, each in zip(means, (own, other), strict=True):
+                total.add_((weights * each).sum(1))
+            rows = weights.sqrt() * own
+            if self.crossed and t is x:
+                gram = gram_matrix(rows)
+                for total in products:
+                    total.add_(gram)
+            else:
+                add_gram_(products[0], rows)
+                if self.crossed:
+                    add_product_(products[1], other, weights * own)
             self.weights[half] += float(weights.sum())
             self.squares[half] += float(weights.square().sum())
+
+    def _zeros(self, own: Tensor) -> list[Tensor]:
+        """The sums of the vectors of both models, of their products, and of those with each other where crossed."""
+        like = own.new_zeros(self.groups, self.size, dtype=torch.float64)
+        square = (self.groups, self.size, self.size)
+        return [like, like.clone(), *(like.new_zeros(square) for _ in range(2 if self.crossed else 1))]
 
     def _limit(self) -> int:
         """Vectors of one batch."""
@@ -296,6 +308,8 @@ class _Sums:
 
     def moments(self) -> Moments:
         apart = [each for each in zip(self.weights, self.squares, self.sums, strict=True) if each[0]]
+        for _, _, (_, _, inputs, *_) in apart:
+            mirrored_(inputs)
         assert self.origin is not None, "vectors were seen"
         origin = self.origin[:, 0].double()
         halves = [_mean_of(weight, squares, sums, origin) for weight, squares, sums in apart]
@@ -330,7 +344,7 @@ def _windows(layer: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, Tensor]:  
 
 def _mean_of(weight: float, squares: float, sums: Sequence[Tensor], origin: Tensor) -> Moments:
     """The moments of vectors of which the sums are those of what they are from the origin, (conv_groups, m)."""
-    inputs, mean, dense_mean, *cross = (each / weight for each in sums)
+    mean, dense_mean, inputs, *cross = (each / weight for each in sums)
     whole = _from_origin(inputs, mean, mean, origin)
     crossed = _from_origin(cross[0], dense_mean, mean, origin) if cross else whole
     return Moments(max(1, round(weight**2 / squares)), whole, crossed, mean + origin, dense_mean + origin)

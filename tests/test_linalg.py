@@ -10,10 +10,13 @@ from gmcompress.errors import GMError
 from gmcompress.linalg import (
     ALL,
     PIECES,
+    add_gram_,
+    add_product_,
     cholesky,
     count_above,
     gram_matrix,
     leading_vectors,
+    mirrored_,
     spectral_norm,
     trailing_energy,
     truncated_svd,
@@ -138,3 +141,14 @@ def test_cholesky_factors_what_has_any_and_ends_where_there_are_none(generator: 
 def test_the_gram_matrix_is_the_product(shape: tuple[int, ...], generator: Generator) -> None:
     rows = randn(shape, generator)
     assert_close(gram_matrix(rows), rows.mT @ rows, slack=10)
+
+
+@pytest.mark.parametrize("m", [5, PIECES * ALL, PIECES * ALL + 1])
+def test_products_are_added_block_row_by_block_row(m: int, generator: Generator) -> None:
+    left, right = randn((2, 3, m), generator), randn((2, 3, 4), generator)
+    total, crossed = randn((2, m, m), generator).zero_(), torch.ones(2, m, 4, dtype=torch.float64)
+    for each in (left, 2 * left):
+        add_gram_(total, each)
+        add_product_(crossed, each, right)
+    assert_close(mirrored_(total), 5 * left.mT @ left, slack=10)
+    assert_close(crossed, 1 + 3 * left.mT @ right, slack=10)
