@@ -75,8 +75,8 @@ def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
     size = model.default_cfg["input_size"]
     inputs = torch.randn(1, *size) if options.inputs else None
     data = torch.randn(options.samples, *size).split(BATCH) if options.samples else None
-    how = {"rank": options.rank} if options.budget is None else {"budget": options.budget, "data": data}
-    how |= {} if options.budget is None else {"effort": options.effort}
+    planned = {"budget": options.budget, "data": data, "effort": options.effort}
+    how = {"rank": options.rank} if options.budget is None else planned
     before = peak_gigabytes()
     start = time.perf_counter()
     result = gm.compress(model, group=options.group, inputs=inputs, **how)
@@ -86,7 +86,7 @@ def work(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "group": options.group,
         "rank": options.rank if options.budget is None else None,
         "budget": options.budget,
-        "effort": options.effort,
+        "effort": None if options.budget is None else options.effort,
         "samples": options.samples,
         "inputs": options.inputs,
         "seconds": round(seconds, 2),

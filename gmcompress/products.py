@@ -280,7 +280,6 @@ def linear(
         single = linear(one, ready, structure, bias, layout=layout)
         return single[:0].reshape(*given.shape[:-1], single.shape[-1])
     rows, shape = given.reshape(-1, given.shape[-1]), (*given.shape[:-1], -1)
-    order = 1 if structure.group is None else structure.group.order
     few = not compiling and SPECTRUM in ready and rows.shape[0] <= ROWS
     if few and not (rows.is_cuda or interpret):
         return _few(rows, ready, structure, bias).view(shape)
@@ -296,7 +295,7 @@ def linear(
     fits = (rows.is_cuda or interpret) and kernels.supports(rows, ready, sizes, bias, interpret=interpret) is None
     if fits and (interpret or kernels.pays(rows, ready, sizes, plain)):
         return _with_factors(kernels.product(rows, ready, sizes, bias), rows, ready, structure).reshape(shape)
-    widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * order)
+    widest = max(given.shape[-1], ready["spectrum0"].shape[1] // layout.combinations[0].size * structure.group.order)
     pieces = rows.split(max(2 * ROWS, CACHED // (widest * rows.element_size())))
     found = [plain(each, ready) for each in pieces]
     return (found[0] if len(found) == 1 else torch.cat(found)).reshape(shape)
